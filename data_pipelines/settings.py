@@ -1,0 +1,116 @@
+"""Typed settings of the data: sources, order, decoding, augmentation, reading. No torch here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import field_validator, model_validator
+
+from tubelet.config import Settings, fixed, free, recorded
+
+
+class SourceSettings(Settings):
+    """One source of samples: shards of one data set."""
+
+    name: str = fixed("main")
+    """Name of the source. It keys the random order (crc32 of the name), so renaming it is another order."""
+    shards: str | list[str] = free()
+    """Shards: path or URL with brace expansion (`x-{0000..0063}.tar`), a folder, a list, several joined by `::`.
+    May move on resume: what must be equal is the index's fingerprint."""
+    weight: float = fixed(1.0, gt=0)
+    """Share of this source in the mixture, relative to the other sources' weights."""
+    label: str = fixed("cls")
+    """Where the label is: `cls`, `txt`, or `json:path.to.field`."""
+    class_map: str | None = free(None)
+    """JSON file {raw label: class number}, for labels that are not numbers already."""
+
+
+class AugmentSettings(Settings):
+    """What is done to a decoded sample while training; evaluation uses `eval_crop` alone."""
+
+    crop: Literal["inception", "resmall", "resize", "center", "none"] = recorded("inception")
+    """`inception` = random area and aspect; `resmall` = short side to `resize` then random crop; `resize` = square
+    resize to `resize` then random crop; `center` = as in evaluation; `none` = images already have the right size."""
+    scale: tuple[float, float] = recorded((0.05, 1.0))
+    """Area range of the inception crop (big_vision: 0.05..1; torchvision's default: 0.08..1)."""
+    ratio: tuple[float, float] = recorded((0.75, 4 / 3))
+    """Aspect range of the inception crop."""
+    resize: int | None = recorded(None, gt=0)
+    """Pixels of the intermediate size for `resmall` and `resize`; null = round(img_size * 448 / 384)."""
+    interpolation: Literal["bilinear", "bicubic", "nearest"] = recorded("bicubic")
+    """Resampling filter (antialiased)."""
+    hflip: float = recorded(0.5, ge=0, le=1)
+    """Probability of a horizontal flip."""
+    rand_augment: str | None = recorded(None)
+    """timm's RandAugment string, e.g. `rand-m9-mstd0.5-inc1`; null = off."""
+    mixup_alpha: float = recorded(0.0, ge=0)
+    """Beta parameter of mixup; 0 = off."""
+    cutmix_alpha: float = recorded(0.0, ge=0)
+    """Beta parameter of cutmix; 0 = off."""
+    mix_prob: float = recorded(1.0, ge=0, le=1)
+    """Probability that a pair is mixed at all."""
+    mix_switch_prob: float = recorded(0.5, ge=0, le=1)
+    """Probability of cutmix when both are on."""
+    eval_crop: Literal["center", "resize"] = recorded("center")
+    """Evaluation: `center` = short side to img_size / crop_pct then centre crop; `resize` = plain square resize."""
+
+
+class DataSettings(Settings):
+    """Training and validation data."""
+
+    train: list[SourceSettings] = fixed(min_length=1)
+    """Sources of the training mixture. A plain string stands for one source with that string as `shards`."""
+    val: list[SourceSettings] = free([])
+    """Validation sets, each read exactly once per evaluation; metrics are named `val/<name>/...` (one: `val/...`)."""
+    augment: AugmentSettings = AugmentSettings()
+    """Training augmentation."""
+    repeats: int = fixed(1, ge=1)
+    """Repeated augmentation: this many neighbours in the order are the same sample, augmented apart."""
+    lanes: int | None = fixed(None, gt=0)
+    """Lanes of the order, a multiple of the global batch size; null = global_batch * ceil(4096 / global_batch), fixed
+    at the first start of a run."""
+    window: int | None = fixed(None, gt=0)
+    """Shuffle window in samples for sources above 4 M samples; null = 32 MiB worth of samples, a power of 2."""
+    shuffle: bool = fixed(True)
+    """False reads shards in index order (for debugging; batches are still laned)."""
+    restart_order: bool = free(False)
+    """On resume, accept data whose fingerprint differs and start its order anew at sample 0."""
+    index_dir: str | None = free(None)
+    """Folder for indexes that do not lie beside their shards; null = the user's cache folder."""
+    decoder: Literal["torchvision", "simplejpeg", "pil"] = recorded("torchvision")
+    """JPEG decoder; named with its version in the run, never switched silently."""
+    exif: bool = recorded(False)
+    """Apply the EXIF orientation (ImageFolder and timm do not)."""
+    max_pixels: int = recorded(178_956_970, gt=0)
+    """Pictures with more pixels are refused before decoding and count as bad samples."""
+    max_bad_fraction: float = free(1e-3, ge=0, le=1)
+    """The run stops when more than this share of consumed samples did not decode (checked at log steps, once
+    at least 10 are bad)."""
+    workers: int = free(4, ge=0)
+    """Loader processes per rank; 0 = decode in the training process."""
+    prefetch: int = free(2, ge=1)
+    """Micro-batches each worker prepares ahead."""
+    io_timeout_seconds: float = free(300.0, gt=0)
+    """A read that fails is retried with back-off for this long, then the run saves and stops."""
+    pin_memory: bool = free(True)
+    """Copy batches into page-locked memory when training on a GPU."""
+
+    @field_validator("train", "val", mode="before")
+    @classmethod
+    def _strings_are_sources(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = [value]
+        if isinstance(value, list):
+            return [{"name": "main" if len(value) == 1 else f"source{i}", "shards": item} if isinstance(item, str)
+                    else item for i, item in enumerate(value)]
+        return value
+
+    @model_validator(mode="after")
+    def _names_are_unique(self) -> DataSettings:
+        for option in ("train", "val"):
+            names = [source.name for source in getattr(self, option)]
+            twice = sorted({name for name in names if names.count(name) > 1})
+            if twice:
+                raise ValueError(f"data.{option} names the source(s) {', '.join(twice)} more than once; "
+                                 "each source needs a `name` of its own")
+        return self

@@ -1,0 +1,59 @@
+"""Run a function on N real gloo ranks, each in its own process, and collect what they return.
+
+`run_ranks(fn, 2, arg)` calls `fn(world, device, arg)` on every rank; `fn` must be defined at module level. An exception on
+any rank fails the test with that rank's traceback. A launch costs 3-6 seconds: put many assertions into one.
+"""
+
+import multiprocessing as mp
+import os
+import queue
+import time
+import traceback
+
+from tubelet import dist
+
+
+def _child(fn, rank, size, port, args, env, results):
+    os.environ.update(env)
+    try:
+        import torch
+
+        torch.set_num_threads(1)
+        world = dist.World(rank, size, rank, size, "127.0.0.1", port)
+        device = dist.start(world, timeout_seconds=90, control_timeout_seconds=90)
+        value = fn(world, device, *args)
+        dist.barrier()
+        results.put((rank, True, value))
+    except BaseException:  # noqa: BLE001
+        results.put((rank, False, traceback.format_exc()))
+    finally:
+        dist.stop()
+
+
+def run_ranks(fn, size, *args, timeout=180, env=None):
+    """[fn(world, device, *args) of rank 0, of rank 1, ...]; values must be picklable (plain Python or numpy)."""
+    context = mp.get_context("spawn")
+    results = context.Queue()
+    port = dist.free_port()
+    processes = [context.Process(target=_child, args=(fn, rank, size, port, args, env or {}, results), daemon=False)
+                 for rank in range(size)]
+    for process in processes:
+        process.start()
+    found, deadline = {}, time.time() + timeout
+    try:
+        while len(found) < size:
+            try:
+                rank, ok, value = results.get(timeout=1)
+            except queue.Empty:
+                assert time.time() < deadline, f"ranks {sorted(set(range(size)) - set(found))} did not finish in {timeout} s"
+                dead = [i for i, p in enumerate(processes) if p.exitcode not in (None, 0) and i not in found]
+                assert not dead, f"rank {dead[0]} died with exit code {processes[dead[0]].exitcode}"
+                continue
+            assert ok, f"rank {rank} failed:\n{value}"
+            found[rank] = value
+    finally:
+        for process in processes:
+            process.join(10)
+            if process.is_alive():
+                process.kill()
+    return [found[rank] for rank in range(size)]
