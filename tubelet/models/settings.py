@@ -26,5 +26,11 @@ class ModelSettings(Settings):
     """Initial classifier bias; -10 for sigmoid pre-training on many classes, -6.9 for ImageNet-1k sigmoid."""
     grad_checkpointing: bool = free(False)
     """Recompute each block in the backward pass: less memory, about a third more compute."""
+    mean: tuple[float, float, float] | None = fixed(None)
+    """Per-channel mean the pixels (0..1) are normalised with; null = that of the loaded weights, else the model's own."""
+    std: tuple[float, float, float] | None = fixed(None)
+    """Per-channel standard deviation; null as for `mean`."""
+    crop_pct: float | None = fixed(None, gt=0, le=1)
+    """Share of the short side that the evaluation crop covers; null as for `mean`."""
     kwargs: dict[str, Any] = fixed({})
     """Further keyword arguments of the timm model, e.g. {class_token: false, global_pool: map}."""
