@@ -7,7 +7,7 @@ A settings class derives from `Settings`; each field has a docstring (its help) 
 * `fixed`     may not: the resume is refused with all such differences listed (model, order of samples, optimizer class).
 
 Precedence, later wins: defaults in the class < the YAML file named by `base:` < the YAML file < overlays such as
-`configs/tiny.yaml` < `key=value` on the command line. `Loaded.sources` says for every key which of them won.
+`--tiny` < `key=value` on the command line. `Loaded.sources` says for every key which of them won.
 Mappings are merged key by key, everything else (lists too) is replaced.
 """
 
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -156,7 +156,9 @@ def merge(below: Any, above: Any) -> Any:
 
 
 def flatten(data: Any, prefix: str = "") -> dict[str, Any]:
-    """Nested mappings -> {"a.b.c": leaf}. Lists and empty mappings are leaves."""
+    """Nested mappings -> {"a.b.c": leaf}; lists of mappings are numbered (a.0.b), other lists and empty ones are leaves."""
+    if isinstance(data, list) and data and all(isinstance(item, dict) for item in data):
+        data = dict(enumerate(data))
     if not isinstance(data, dict) or not data:
         return {prefix: data} if prefix else {}
     flat: dict[str, Any] = {}
@@ -197,7 +199,7 @@ def resume_class(cls: type[Settings], dotted: str) -> ResumeClass:
     """How a change of this key is treated on resume; keys inside free-form mappings follow their parent."""
     classes = {key: (info.json_schema_extra or {}).get("resume")  # type: ignore[union-attr]
                for key, info in known_fields(cls)}
-    parts = dotted.split(".")
+    parts = [part for part in dotted.split(".") if not part.isdigit()]
     for length in range(len(parts), 0, -1):
         found = classes.get(".".join(parts[:length]))
         if found:
@@ -228,14 +230,18 @@ def differences(cls: type[Settings], old: dict, new: dict) -> list[Difference]:
 # ---------------------------------------------------------------------------------------------------- checking
 
 
-def load(cls: type[S], path: str | Path, overrides: Sequence[str] = (), overlays: Iterable[str | Path] = ()) -> Loaded[S]:
-    """Read, merge and check. Raises one `ConfigError` that lists every problem, with the nearest known key for a typo."""
+def load(cls: type[S], path: str | Path, overrides: Sequence[str] = (),
+         overlay: Callable[[dict], dict] | None = None, overlay_name: str = "overlay") -> Loaded[S]:
+    """Read, merge and check. Raises one `ConfigError` that lists every problem, with the nearest known key for a typo.
+
+    `overlay` gets the file's values and returns what is to be laid over them (before the command line's overrides).
+    """
     data = read_yaml(path)
     sources = {key: str(path) for key in flatten(data)}
-    for overlay in overlays:
-        layer = read_yaml(overlay)
+    if overlay is not None:
+        layer = overlay(data)
         data = merge(data, layer)
-        sources.update({key: str(overlay) for key in flatten(layer)})
+        sources.update({key: overlay_name for key in flatten(layer)})
     for key, value in parse_overrides(overrides).items():
         _assign(data, key, value)
         sources.update({k: "command line" for k in flatten(value, key)})

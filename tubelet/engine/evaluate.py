@@ -1,0 +1,38 @@
+"""Exact evaluation over ranks: every sample counts once, whatever the number of processes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tubelet import dist
+from tubelet.engine.protocol import Batch, Engine, EvalLoader
+from tubelet.errors import DataError
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """Tensors of a batch on `device`; copies from pinned memory overlap with computing."""
+    return {key: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+            for key, value in batch.items()}
+
+
+@torch.no_grad()
+def evaluate(engine: Engine, objective: Any, loader: EvalLoader) -> dict[str, float]:
+    """Means of the objective's sums over one validation set. All ranks call it and get the same numbers.
+
+    Raises `DataError` when the samples counted over all ranks are not exactly those of the set.
+    """
+    engine.eval()
+    totals: dict[str, float] = {}
+    for batch in loader:
+        for name, value in objective.evaluate(engine.model, to_device(batch, engine.device)).items():
+            totals[name] = totals.get(name, 0.0) + float(value)
+    engine.train()
+    names = sorted(totals)
+    sums = dict(zip(names, dist.sums([totals[name] for name in names])))
+    count = sums.pop("count")
+    if round(count) != loader.size:
+        raise DataError(f"Validation set {loader.name} has {loader.size} samples but {count:.0f} were evaluated.",
+                        "`tubelet data verify` on its shards")
+    return {name: value / count for name, value in sums.items()}
