@@ -74,6 +74,13 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
+def keep_jsonl(path: str | Path, limit: int, key: str = "step") -> None:
+    """Drop rows whose `key` is above `limit`: what a killed attempt wrote after the checkpoint that is resumed."""
+    rows = read_jsonl(path)
+    if rows:
+        write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows if row.get(key, 0) <= limit))
+
+
 def sha256_file(path: str | Path) -> str:
     """SHA-256 of a file's bytes, in hex."""
     with open(path, "rb") as file:

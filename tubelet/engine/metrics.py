@@ -6,7 +6,6 @@ Tags: `train/*`, `val/*`, `perf/*`, `memory/*`, `system/*`, `ckpt/*`, `data/*`, 
 
 from __future__ import annotations
 
-import json
 import resource
 import sys
 import time
@@ -40,10 +39,7 @@ class Scalars:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
-        rows = files.read_jsonl(self.path)
-        if rows:  # what a killed attempt logged beyond its last checkpoint will be logged again
-            kept = [row for row in rows if row.get("step", 0) <= step]
-            files.write_atomic(self.path, "".join(json.dumps(row) + "\n" for row in kept))
+        files.keep_jsonl(self.path, step)
         self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
 
     def write(self, step: int, values: dict[str, float]) -> None:

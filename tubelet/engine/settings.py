@@ -120,5 +120,7 @@ class EngineSettings(Settings):
     """After TERM / USR1 / USR2 the process leaves by force when saving has not finished within this time."""
     timeout_seconds: float = free(600.0, gt=0)
     """Collective time-out of training."""
+    digest: bool = free(False)
+    """Write a SHA-256 of what every step was trained on to `digest.jsonl` (to compare two runs; costs CPU time)."""
     peak_tflops: float | None = free(None, gt=0)
     """Dense peak of one device in TFLOP/s for MFU; null = from a table of known GPUs, none on CPUs."""
