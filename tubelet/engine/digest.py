@@ -6,8 +6,6 @@ import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
 from tubelet import dist, files
 from tubelet.engine.protocol import Batch
 
@@ -34,7 +32,3 @@ class DigestFile:
         if self.speaks:
             files.append_jsonl(self.path, [{"step": step, "digest": hashlib.sha256(b"".join(everyone)).hexdigest()}])
 
-
-def seed_micro_batch(seed: int) -> None:
-    """Set torch's CPU and device generators; drop path and dropout then do not depend on ranks or restarts."""
-    torch.manual_seed(seed)

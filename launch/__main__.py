@@ -1,0 +1,82 @@
+"""`python -m launch local --nproc 2 -- pretrain CONFIG [key=value ...]`: start a program on many processes.
+
+SLURM, hostfile and Kubernetes launchers have their place in this folder and are not built yet.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from launch import local as local_launcher
+from tubelet.errors import ConfigError, TubeletError, nearest
+from tubelet.program.settings import load_command, parse_command
+
+PROGRAMS = {"pretrain": "PretrainSettings", "finetune": "FinetuneSettings"}
+app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.callback()
+def _root() -> None:
+    """Start a program on many processes."""
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def local(
+    context: typer.Context,
+    nproc: Annotated[int, typer.Option(min=1, help="Processes on this machine; one a GPU.")] = 1,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would run, and stop.")] = False,
+) -> None:
+    """On this machine, through torchrun: `local --nproc 2 -- pretrain configs/pretrain/vit_b16_i21k.yaml --tiny`."""
+    program, words = _check(context.args, nproc)
+    if dry_run:
+        print(local_launcher.describe(local_launcher.torchrun_command(program, words, nproc),
+                                      local_launcher.environment(nproc)))
+        return
+    code = local_launcher.run_local(program, words, nproc)
+    if code:
+        raise typer.Exit(code)
+
+
+def _check(words: Sequence[str], nproc: int) -> tuple[str, list[str]]:
+    """The program and its words, after its settings were read: a typo must not cost a start of many processes."""
+    from tubelet.batching import resolve_micro_batch
+
+    if not words or words[0] not in PROGRAMS:
+        given = words[0] if words else "nothing"
+        close = nearest(given, PROGRAMS)
+        raise ConfigError(f"`{given}` is not a program.", f"-- {close[0] if close else 'pretrain'} CONFIG [key=value ...]")
+    program, rest = words[0], list(words[1:])
+    command = parse_command(rest)
+    if not command.help:
+        cls = getattr(importlib.import_module(f"{program}.settings"), PROGRAMS[program])
+        settings = load_command(cls, command).settings
+        resolve_micro_batch(settings.global_batch_size, settings.micro_batch_size, settings.max_micro_batch_size, nproc)
+    return program, rest
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the launcher; returns the exit code."""
+    try:
+        app(args=list(words) if words is not None else None, prog_name="launch", standalone_mode=False)
+    except TubeletError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except typer.Exit as done:
+        return done.exit_code
+    except Exception as error:  # click's usage errors, with or without their class
+        if not hasattr(error, "format_message"):
+            raise
+        print(f"error: {error.format_message()}", file=sys.stderr)  # type: ignore[attr-defined]
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("PYTHONUNBUFFERED", "1")
+    sys.exit(main())

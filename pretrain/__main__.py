@@ -1,0 +1,22 @@
+"""`python -m pretrain CONFIG [key=value ...]`: pretrain a model."""
+
+import sys
+from collections.abc import Sequence
+
+from pretrain.settings import PretrainSettings
+from tubelet.program.main import finish, run_program
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run the program; returns the exit code."""
+    return run_program("pretrain", __doc__ or "", PretrainSettings, _train, sys.argv[1:] if words is None else words)
+
+
+def _train(loaded, world):  # torch is imported only here, so --help and configuration errors come at once
+    from tubelet.program.train import train
+
+    return train(loaded, world)
+
+
+if __name__ == "__main__":
+    finish(main())

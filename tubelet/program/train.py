@@ -1,0 +1,193 @@
+"""What both programs do: from settings to a trainer. The order matters and is the order of the functions here.
+
+Everything that can be refused is refused before a process group exists; then the folder is claimed, the beginning
+decided, and data, model and engine are built for it.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipelines.loader import EvalLoader, TrainLoader, compare_fingerprints
+from tubelet import dist
+from tubelet.batching import resolve_micro_batch
+from tubelet.config import Loaded
+from tubelet.engine import checkpoint
+from tubelet.engine.build import build_engine
+from tubelet.engine.schedule import check_schedule
+from tubelet.engine.trainer import Beginning, Trainer, TrainState
+from tubelet.errors import CheckpointError, ConfigError, Problems, RunError
+from tubelet.models.build import build_model, model_cfg
+from tubelet.models.cost import training_flops
+from tubelet.objectives.classification import Classification
+from tubelet.program.settings import P, ProgramSettings
+from tubelet.program.weights import begin_from_weights
+from tubelet.runs import Run, check_changes
+
+
+def train(loaded: Loaded[P], world: dist.World) -> dict[str, float]:
+    """Train as the settings say; returns the last evaluation. All ranks call it."""
+    settings = loaded.settings
+    micro_batch_size = check(settings, world)
+    run = Run(settings.run)
+    device = dist.start(world, settings.timeout_seconds)
+    quiet()
+    try:
+        if settings.deterministic:
+            make_deterministic()
+        dist.together(lambda: run.begin(world.size, loaded.as_yaml()) if world.speaks else None)
+        if world.speaks:
+            print(f"# {run.folder}, attempt {run.attempt.number if run.attempt else 0}, {world.size} process(es) on "
+                  f"{device.type}, micro batch {micro_batch_size} x "
+                  f"{settings.global_batch_size // (micro_batch_size * world.size)} x {world.size} = global batch "
+                  f"{settings.global_batch_size}\n{loaded.as_yaml()}", flush=True)
+        beginning, manifest = decide_beginning(settings, run)
+        data = build_data(settings, world, micro_batch_size, beginning, manifest, run)
+        model = dist.together(lambda: build_model(settings.model, seed=settings.seed))
+        cfg = manifest["model_cfg"] if manifest else model_cfg(model)
+        if beginning.kind == "weights":
+            cfg = begin_from_weights(model, settings.init, settings.model, settings.seed, cfg, speaks=world.speaks)
+        cfg = picture_cfg(settings, cfg, speaks=world.speaks)
+        data.set_crop(cfg["crop_pct"])
+        flops = training_flops(model, settings.model.img_size)
+        engine = build_engine(model, settings, world=world, device=device, micro_batch_size=micro_batch_size)
+        objective = Classification(settings.objective, settings.model.num_classes, cfg["mean"], cfg["std"])
+        trainer = Trainer(
+            settings, run=run, world=world, engine=engine, objective=objective, loader=data.train,
+            eval_loaders=data.val, micro_batch_size=micro_batch_size, total_steps=data.total_steps, beginning=beginning,
+            flops_per_sample=flops, img_size=settings.model.img_size,
+            manifest={"config": settings.model_dump(mode="json"), "model_cfg": cfg,
+                      "data": {"fingerprint": data.train.fingerprint, "recorded": data.train.recorded_state()}})
+        return trainer.fit()
+    except Exception as error:
+        if world.speaks and run.attempt is not None and not hasattr(error, "code"):
+            run.end("failed", getattr(error, "exit_code", 1), error=f"{type(error).__name__}: {error}"[:2000])
+        raise
+
+
+def check(settings: ProgramSettings, world: dist.World) -> int:
+    """What can be known before a process group exists, reported together. Returns the micro-batch size."""
+    problems = Problems(ConfigError)
+    micro = 0
+    for action in (lambda: resolve_micro_batch(settings.global_batch_size, settings.micro_batch_size,
+                                               settings.max_micro_batch_size, world.size),
+                   lambda: check_schedule(settings.schedule, settings.total_steps)):
+        try:
+            micro = action() or micro
+        except ConfigError as error:
+            problems.items.append(error)
+    problems.raise_if_any()
+    return micro
+
+
+def quiet() -> None:
+    """Libraries' warnings that say nothing to a user and come once a step and rank."""
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.|timm\.|deepspeed\.")
+
+
+def make_deterministic() -> None:
+    """Deterministic kernels; slower on GPUs."""
+    import os
+
+    import torch
+
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+
+
+def decide_beginning(settings: ProgramSettings, run: Run) -> tuple[Beginning, dict[str, Any]]:
+    """Where this start begins, and the manifest it continues from ({} if none). All ranks call it. In this order:
+
+    1 the run's own newest checkpoint that verifies; 2 `init.from_run`; 3 `init.weights`; 4 from scratch.
+    """
+    folder, notes = checkpoint.choose(run.folder)
+    if folder is not None:
+        manifest = checkpoint.read_manifest(folder)
+        changed = check_changes(type(settings), manifest["config"], settings.model_dump(mode="json"), str(run.folder))
+        notes = [*notes, *(f"changed since the checkpoint: {item}" for item in changed)]
+        if changed and run.attempt:
+            run.event("settings_changed", changes=[str(item) for item in changed])
+        return Beginning("resume", folder, TrainState(**manifest["state"]), notes), manifest
+    if run.has_checkpoints():
+        raise CheckpointError(f"No checkpoint in {run.folder} verifies:\n    " + "\n    ".join(notes),
+                              f"`tubelet ckpt verify {run.folder}`; or run.overwrite=true to begin anew (the folder is kept)")
+    if settings.init.from_run:
+        other = Path(settings.init.from_run)
+        folder, notes = checkpoint.choose(other.parent if other.name.startswith("step-") else other,
+                                          only=other if other.name.startswith("step-") else None)
+        if folder is None:
+            raise CheckpointError(f"init.from_run={other}: no checkpoint there verifies. " + " ".join(notes),
+                                  f"`tubelet ckpt verify {other}`")
+        manifest = checkpoint.read_manifest(folder)
+        return Beginning("fork", folder, TrainState(**manifest["state"]), notes), manifest
+    return Beginning("weights" if settings.init.weights else "scratch", notes=notes), {}
+
+
+@dataclass
+class Data:
+    """The loaders of a run."""
+
+    train: TrainLoader
+    val: list[EvalLoader]
+    total_steps: int
+
+    def set_crop(self, crop_pct: float) -> None:
+        for loader in self.val:
+            loader.crop_pct = crop_pct
+
+
+def build_data(settings: ProgramSettings, world: dist.World, micro_batch_size: int, beginning: Beginning,
+               manifest: dict[str, Any], run: Run) -> Data:
+    """Loaders that continue the checkpoint's order. Raises `RunError` when the data is not the checkpoint's."""
+    model = settings.model
+    saved = manifest.get("data", {})
+    recorded = None if settings.data.restart_order else saved.get("recorded")
+    loader = dist.together(lambda: TrainLoader(
+        settings.data, seed=settings.seed, img_size=model.img_size, num_classes=model.num_classes,
+        global_batch_size=settings.global_batch_size, micro_batch_size=micro_batch_size, world=world, recorded=recorded,
+        device_type="cuda" if _on_gpu() else "cpu"))
+    if beginning.state and saved:
+        found = compare_fingerprints(saved["fingerprint"], loader.fingerprint)
+        if found and not settings.data.restart_order:
+            raise RunError("The training data is not the checkpoint's, so its samples cannot be continued in order:\n    "
+                           + "\n    ".join(found), "restore the data; or data.restart_order=true to start its order anew")
+        if settings.data.restart_order:
+            beginning.state.seen = 0
+    loader.set_ledger(run.folder, seen=beginning.state.seen if beginning.state else 0)
+    val = [dist.together(lambda source=source: EvalLoader(
+        source, settings.data, img_size=model.img_size, num_classes=model.num_classes, batch_size=micro_batch_size,
+        world=world)) for source in settings.data.val]
+    steps = settings.total_steps or max(1, round((settings.epochs or 0) * loader.size / settings.global_batch_size))
+    check_schedule(settings.schedule, steps)
+    if world.speaks and loader.size < settings.global_batch_size:
+        print(f"note: the data set has {loader.size} samples, fewer than global_batch_size {settings.global_batch_size}: "
+              "a batch holds some samples more than once", flush=True)
+    return Data(loader, val, steps)
+
+
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def picture_cfg(settings: ProgramSettings, cfg: dict[str, Any], *, speaks: bool) -> dict[str, Any]:
+    """mean, std, crop_pct, interpolation and input size of this run: settings over the loaded weights' own."""
+    model, cfg = settings.model, dict(cfg)
+    for key in ("mean", "std", "crop_pct"):
+        wanted = getattr(model, key)
+        if wanted is None:
+            continue
+        if key != "crop_pct" and settings.init.weights and list(wanted) != list(cfg.get(key, wanted)) and speaks:
+            print(f"warning: model.{key}={list(wanted)} overrides the loaded weights' own {list(cfg[key])}", flush=True)
+        cfg[key] = wanted
+    size = model.img_size if isinstance(model.img_size, (tuple, list)) else (model.img_size, model.img_size)
+    cfg |= {"input_size": [3, *size], "num_classes": model.num_classes,
+            "interpolation": settings.data.augment.interpolation}
+    cfg.setdefault("crop_pct", 0.875)
+    return cfg
