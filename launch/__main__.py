@@ -6,7 +6,6 @@ SLURM, hostfile and Kubernetes launchers have their place in this folder and are
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -14,7 +13,8 @@ from typing import Annotated
 import typer
 
 from launch import local as local_launcher
-from tubelet.errors import ConfigError, TubeletError, nearest
+from tubelet.console import run_app
+from tubelet.errors import ConfigError, nearest
 from tubelet.program.settings import load_command, parse_command
 
 PROGRAMS = {"pretrain": "PretrainSettings", "finetune": "FinetuneSettings"}
@@ -60,23 +60,5 @@ def _check(words: Sequence[str], nproc: int) -> tuple[str, list[str]]:
     return program, rest
 
 
-def main(words: Sequence[str] | None = None) -> int:
-    """Run the launcher; returns the exit code."""
-    try:
-        app(args=list(words) if words is not None else None, prog_name="launch", standalone_mode=False)
-    except TubeletError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    except typer.Exit as done:
-        return done.exit_code
-    except Exception as error:  # click's usage errors, with or without their class
-        if not hasattr(error, "format_message"):
-            raise
-        print(f"error: {error.format_message()}", file=sys.stderr)  # type: ignore[attr-defined]
-        return 2
-    return 0
-
-
 if __name__ == "__main__":
-    os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    sys.exit(main())
+    sys.exit(run_app(app, None, "launch"))

@@ -44,12 +44,13 @@ def main() -> None:
         sys.exit(2)
     sys.argv = [f"tubelet {words[0]}", *words[1:]]
     module = importlib.import_module(VERBS[words[0]][0])
-    code = module.main(words[1:])
-    if words[0] in ("pretrain", "finetune"):
-        from tubelet.program.main import finish
+    if hasattr(module, "app"):
+        from tubelet.console import run_app
 
-        finish(code)
-    sys.exit(code)
+        sys.exit(run_app(module.app, words[1:], sys.argv[0]))
+    from tubelet.program.main import finish
+
+    finish(module.main(words[1:]))
 
 
 if __name__ == "__main__":

@@ -114,10 +114,12 @@ class Console:
         self.enabled, self.total = enabled, total
         self.bar: Any = None
         if enabled and sys.stderr.isatty():
+            from rich.console import Console as Terminal
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
             self.bar = Progress(TextColumn("[bold]{task.description}"), BarColumn(), MofNCompleteColumn(),
-                                TextColumn("{task.fields[note]}"), TimeRemainingColumn(), transient=False)
+                                TextColumn("{task.fields[note]}"), TimeRemainingColumn(),
+                                console=Terminal(stderr=True))
             self.task = self.bar.add_task(title, total=total, completed=step, note="")
             self.bar.start()
 

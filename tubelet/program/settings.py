@@ -128,6 +128,8 @@ def tiny_layer(data: dict[str, Any], tiny: Path) -> dict[str, Any]:
         layer["init"] = {"weights": "made-up"}
     if not (data.get("data") or {}).get("val"):
         layer.get("data", {}).pop("val", None)
+    if "tokenlearner" in (data.get("model") or {}).get("name", ""):
+        layer["model"]["kwargs"]["at"] = layer["model"]["kwargs"]["depth"] // 2
     name = (data.get("run") or {}).get("name", "run")
     layer["run"] = {"name": f"{name}-tiny"}
     return layer

@@ -1,0 +1,47 @@
+"""What command lines share: running a typer app with our errors and exit codes, and plain tables."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from tubelet.errors import EXIT_ERROR, TubeletError
+
+
+def run_app(app: Any, words: Sequence[str] | None, name: str) -> int:
+    """Run a typer app; a `TubeletError` is printed without a traceback. Returns the exit code."""
+    import typer
+
+    try:
+        result = app(args=list(words) if words is not None else None, prog_name=name, standalone_mode=False)
+    except TubeletError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except (typer.Exit, typer.Abort) as done:
+        return getattr(done, "exit_code", EXIT_ERROR)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's usage errors have it; anything else is our mistake
+            raise
+        print(f"error: {error.format_message()}\n  Try: {name} --help", file=sys.stderr)  # type: ignore[attr-defined]
+        return 2
+    return result if isinstance(result, int) else 0
+
+
+def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+    """A table: drawn on a terminal, aligned plain text elsewhere (logs, pipes)."""
+    rows = [[str(cell) for cell in row] for row in rows]
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*columns, title=title, title_justify="left")
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(len(line[i]) for line in [list(columns), *rows]) for i in range(len(columns))]
+    print(title)
+    for line in [list(columns), *rows]:
+        print("  " + "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip())
+    sys.stdout.flush()
