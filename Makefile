@@ -33,7 +33,7 @@ test-all: $(VENV)/installed  ## everything
 
 lint: $(VENV)/installed  ## ruff, pyright, import floors
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/basedpyright --level error
 	$(BIN)/lint-imports
 
 clean:  ## remove what the demo and the tests left

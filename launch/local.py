@@ -22,7 +22,8 @@ _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 def torchrun_command(program: str, words: Sequence[str], nproc: int) -> list[str]:
     """The command that is run."""
-    return [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}", "-m", program, *words]
+    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
+    return [*head, "-m", program, *words]
 
 
 def environment(nproc: int) -> dict[str, str]:

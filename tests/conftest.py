@@ -1,4 +1,8 @@
-"""Shared by all tests: one thread per process, CPU, reproducible BLAS, nothing from a hub."""
+"""Shared by all tests: one thread per process, CPU, reproducible BLAS, nothing from a hub; which tests run; skips.
+
+Slow tests run only when asked for. `TUBELET_SLOW_SHARE=0.5 TUBELET_SLOW_SEED=abc` runs a random half of them. Under CI a
+skip that `allowed_skips.txt` does not name fails the run.
+"""
 
 import os
 
@@ -7,16 +11,45 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
+import random
+from pathlib import Path
+
 import pytest
+
+skipped: list[tuple[str, str]] = []
 
 
 def pytest_collection_modifyitems(config, items):
-    """`slow` tests run only when asked for (`-m slow`, or `-m ''` for everything)."""
-    if config.getoption("-m") or any("::" in str(arg) for arg in config.args):
+    if config.getoption("-m"):
+        share = float(os.environ.get("TUBELET_SLOW_SHARE", 1))
+        slow = [item for item in items if "slow" in item.keywords]
+        if share < 1 and len(slow) > 1:
+            names = sorted(item.nodeid for item in slow)
+            chosen = random.Random(os.environ.get("TUBELET_SLOW_SEED", "0")).sample(names, max(1, round(share * len(names))))
+            dropped = [item for item in slow if item.nodeid not in chosen]
+            config.hook.pytest_deselected(items=dropped)
+            items[:] = [item for item in items if item not in dropped]
         return
-    kept = [item for item in items if "slow" not in item.keywords]
-    config.hook.pytest_deselected(items=[item for item in items if "slow" in item.keywords])
-    items[:] = kept
+    if any("::" in str(arg) for arg in config.args):
+        return
+    dropped = [item for item in items if "slow" in item.keywords]
+    config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if "slow" not in item.keywords]
+
+
+def pytest_runtest_logreport(report):
+    if report.skipped:
+        skipped.append((report.nodeid, str(report.longrepr[-1]) if isinstance(report.longrepr, tuple) else ""))
+
+
+def pytest_sessionfinish(session):
+    lines = (Path(__file__).parent / "allowed_skips.txt").read_text().splitlines()
+    allowed = [line.split()[0] for line in lines if line.strip() and not line.startswith("#")]
+    unknown = [(name, why) for name, why in skipped if not any(name.startswith(item) for item in allowed)]
+    for name, why in skipped:
+        print(f"\nskipped: {name}: {why}" + ("" if (name, why) not in unknown else "   NOT in tests/allowed_skips.txt"))
+    if unknown and os.environ.get("CI"):
+        session.exitstatus = 1
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ def _child(fn, rank, size, port, args, env, results):
         value = fn(world, device, *args)
         dist.barrier()
         results.put((rank, True, value))
-    except BaseException:  # noqa: BLE001
+    except BaseException:
         results.put((rank, False, traceback.format_exc()))
     finally:
         dist.stop()

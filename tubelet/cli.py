@@ -40,7 +40,8 @@ def main() -> None:
         from tubelet.errors import nearest
 
         close = nearest(words[0], VERBS)
-        print(f"error: `{words[0]}` is not a verb.\n  Try: {' or '.join(close) if close else ', '.join(VERBS)}", file=sys.stderr)
+        hint = " or ".join(close) if close else ", ".join(VERBS)
+        print(f"error: `{words[0]}` is not a verb.\n  Try: {hint}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"tubelet {words[0]}", *words[1:]]
     module = importlib.import_module(VERBS[words[0]][0])

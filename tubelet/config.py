@@ -261,10 +261,13 @@ def check(cls: type[S], data: dict, sources: dict[str, str] | None = None) -> S:
         raise
 
 
+_NOT_A_KEY = re.compile(r"[A-Z]\w+|(list|dict|tuple|literal|tagged-union|function-\w+)\[.*|str|int|float|bool|none")
+
+
 def _explain(cls: type[Settings], item: dict[str, Any], sources: dict[str, str]) -> tuple[str, str]:
     known = [key for key, _ in known_fields(cls)]
     # pydantic puts list indexes and the names of union members into the location; keep what a user wrote
-    parts = [str(part) for part in item["loc"] if not re.fullmatch(r"[A-Z]\w+|(list|dict|tagged-union|function-\w+)\[.*|str|int|float|bool|none", str(part))]
+    parts = [str(part) for part in item["loc"] if not _NOT_A_KEY.fullmatch(str(part))]
     dotted = ".".join(parts)
     schema_key = ".".join(part for part in parts if not part.isdigit())
     where = f" ({sources[dotted]})" if dotted in sources else ""

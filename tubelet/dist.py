@@ -214,7 +214,7 @@ def together(action: Callable[[], T]) -> T:
     error: BaseException | None = None
     try:
         result = action()
-    except Exception as caught:  # noqa: BLE001 - whatever it was, the other ranks must hear of it
+    except Exception as caught:
         error = caught
     said = (type(error), getattr(error, "problem", str(error)), getattr(error, "hint", "")) if error else None
     everyone = gather(said)

@@ -94,7 +94,7 @@ class HashingFile:
     """
 
     def __init__(self, path: str | Path):
-        self.file = open(path, "wb")  # noqa: SIM115 - closed in __exit__
+        self.file = open(path, "wb")
         self._digest = hashlib.sha256()
         self.nbytes = 0
 

@@ -125,8 +125,10 @@ class Console:
 
     def say(self, text: str) -> None:
         """A sentence for the user."""
-        if self.enabled:
-            (self.bar.console.print if self.bar else print)(text, **({} if self.bar else {"flush": True}))
+        if self.bar:
+            self.bar.console.print(text)
+        elif self.enabled:
+            print(text, flush=True)
 
     def advance(self, step: int) -> None:
         if self.bar:

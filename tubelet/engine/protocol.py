@@ -21,7 +21,7 @@ from tubelet.dist import World
 
 @dataclass(frozen=True)
 class Slot:
-    """A piece of a parameter in a flat tensor: `flat[offset : offset + length]` is `param.flatten()[start : start + length]`.
+    """A piece of a parameter: `flat[offset : offset + length]` is `param.flatten()[start : start + length]`.
 
     Everything in a flat that no slot covers is padding: never compared, hashed, saved with meaning or written.
     """

@@ -54,7 +54,7 @@ class Beginning:
     """Sentences for the user: rejected checkpoints, changed settings."""
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: saved and asked to leave
+class Stopped(Exception):  # not an error: saved and asked to leave
     """Raised on all ranks after a signal, once everything is saved."""
 
     def __init__(self, code: int, reason: str):

@@ -112,8 +112,9 @@ def main(words: list[str] | None = None) -> int:
         for label, key, last in (
             ("digits, pretrained on fractals", "fine-tuning", final(runs / "digits")),
             ("digits, from scratch", "from scratch", final(runs / "digits_scratch")))])
-    print(f"\nTensorBoard:  tensorboard --logdir {runs}\nReport:       {report}\nExport:       {OUT}/export (timm.create_model("
-          f"'local-dir:{OUT}/export') after `import tubelet.models`)\nThe demo took {time.time() - begun:.0f} s.")
+    print(f"\nTensorBoard:  tensorboard --logdir {runs}\nReport:       {report}")
+    print(f"Export:       timm.create_model('local-dir:{OUT}/export') after `import tubelet.models`")
+    print(f"The demo took {time.time() - begun:.0f} s.")
     return 0
 
 

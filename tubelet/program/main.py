@@ -42,7 +42,7 @@ def run_program(name: str, what: str, cls: type[P], train: Callable[[Loaded[P], 
         folder = Path(loaded.settings.run.dir) / loaded.settings.run.name
         train(loaded, world)
         code = 0
-    except Exception as error:  # noqa: BLE001 - whatever it was, it is reported once and becomes an exit code
+    except Exception as error:
         code = getattr(error, "code", None) or report(error, rank, folder)
     return _leave(rank, code)
 

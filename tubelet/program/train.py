@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.loader import EvalLoader, TrainLoader, compare_fingerprints
+
 from tubelet import dist
 from tubelet.batching import resolve_micro_batch
 from tubelet.config import Loaded
@@ -115,7 +116,7 @@ def decide_beginning(settings: ProgramSettings, run: Run) -> tuple[Beginning, di
         return Beginning("resume", folder, TrainState(**manifest["state"]), notes), manifest
     if run.has_checkpoints():
         raise CheckpointError(f"No checkpoint in {run.folder} verifies:\n    " + "\n    ".join(notes),
-                              f"`tubelet ckpt verify {run.folder}`; or run.overwrite=true to begin anew (the folder is kept)")
+                              f"`tubelet ckpt verify {run.folder}`; or run.overwrite=true to begin anew (it is kept)")
     if settings.init.from_run:
         other = Path(settings.init.from_run)
         folder, notes = checkpoint.choose(other.parent if other.name.startswith("step-") else other,
