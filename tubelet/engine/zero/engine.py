@@ -1,0 +1,166 @@
+"""Training with DeepSpeed ZeRO (arXiv 1910.02054): the default engine.
+
+DeepSpeed shards optimizer state (stage 1), gradients (2) and parameters (3), accumulates, reduces, clips and skips.
+Not used of it: its optimizers (they compile code at start), schedulers, data loaders, checkpoints (`checkpoint.py` is
+ours) and stage 0, which lets a NaN gradient into the weights. The model is built whole on each rank and then sharded,
+so it must fit into the memory of one host once per rank.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from tubelet.dist import World
+from tubelet.engine.batch_norm import average_statistics
+from tubelet.engine.optim import build_optimizer, parameter_groups
+from tubelet.engine.precision import check_precision
+from tubelet.engine.protocol import Flat, Slot, StepResult
+from tubelet.engine.settings import EngineSettings
+from tubelet.engine.zero.deepspeed_config import derive
+from tubelet.engine.zero.shards import Shards
+
+_joined: Any = None  # the process group that DeepSpeed's module-level state belongs to
+
+
+class ZeroEngine:
+    """`Engine` on DeepSpeed. All ranks build it, after `tubelet.dist.start`; the module moves to `device`."""
+
+    kind = "zero"
+    replicated = False
+
+    def __init__(self, module: nn.Module, settings: EngineSettings, *, world: World, device: torch.device,
+                 micro_batch_size: int, accumulation: int):
+        self.module, self.world, self.device, self.accumulation = module, world, device, accumulation
+        self.stage, self.precision = settings.zero.stage, check_precision(module, settings, device)
+        module.to(device)
+        groups = parameter_groups(module, settings.optimizer)
+        trained = [param for group in groups for param in group["params"]]
+        self._shapes = {name: tuple(param.shape) for group in groups
+                        for name, param in zip(group["param_names"], group["params"])}
+        config = derive(settings, self.precision, world_size=world.size, micro_batch_size=micro_batch_size,
+                        accumulation=accumulation, numel=sum(param.numel() for param in trained))
+        optimizer = build_optimizer(groups, settings.optimizer, device)
+        names = {param: name for name, param in module.named_parameters()}
+        originals = {names[param]: param.data for param in trained} if self.precision == "bf16" else {}
+        self.deepspeed = _initialize(module, optimizer, config)
+        self.model = self.deepspeed
+        if self.precision == "bf16":
+            self.deepspeed.register_forward_pre_hook(_inputs_to_bf16, with_kwargs=True)
+        self.optimizer = self.deepspeed.optimizer.optimizer
+        self._shards = Shards(self.deepspeed.optimizer, self.stage, module, names, world.size)
+        if originals:
+            self._shards.widen(originals)
+        self._backwards = 0
+
+    # ------------------------------------------------------------------------------------------------- a step
+
+    def backward(self, loss: torch.Tensor) -> None:
+        assert self._backwards < self.accumulation, "backward was called more often than the step has micro-batches"
+        self.deepspeed.backward(loss)
+        self._backwards += 1
+        if self._backwards < self.accumulation:
+            self.deepspeed.step()  # not a boundary: only counts the micro-batch
+
+    def step(self, lr: float) -> StepResult:
+        assert self._backwards == self.accumulation, f"{self._backwards} of {self.accumulation} micro-batches were seen"
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr * group["lr_scale"]
+        self.deepspeed.step()
+        self._backwards = 0
+        return StepResult(applied=self.deepspeed.was_step_applied(),
+                          grad_norm=float(self.deepspeed.get_global_grad_norm()))  # type: ignore[arg-type]
+
+    # ------------------------------------------------------------------------------------------------- shards
+
+    def flats(self) -> list[Flat]:
+        return self._shards.flats()
+
+    def layouts(self) -> list[list[list[Slot]]]:
+        return self._shards.layouts()
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self._shapes)
+
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """In bf16 runs these values have the digits of bf16 only: there is no master of what is not trained."""
+        return {name: self._shards.read_frozen(param) for name, param in self._frozen()}
+
+    def load_frozen(self, values: dict[str, torch.Tensor]) -> None:
+        self._shards.begin_load()
+        for name, param in self._frozen():
+            self._shards.write_frozen(param, values[name])
+        self._shards.refresh()
+
+    def _frozen(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, param) for name, param in self.module.named_parameters() if name not in self._shapes]
+
+    def begin_load(self) -> None:
+        self._shards.begin_load()
+
+    def refresh(self) -> None:
+        self._shards.refresh()
+
+    def full_state_dict(self) -> Iterator[tuple[str, torch.Tensor | None]]:
+        average_statistics(self.module)
+        return self._shards.full_state_dict()
+
+    # ------------------------------------------------------------------------------------------------- modes
+
+    def train(self) -> None:
+        self.deepspeed.train()
+
+    def eval(self) -> None:
+        """Also averages BatchNorm statistics over ranks, so that all ranks judge the same model. All ranks call it."""
+        average_statistics(self.module)
+        self.deepspeed.eval()
+
+    def close(self) -> None:
+        """Remove DeepSpeed's hooks; for programs (and tests) that build several engines."""
+        self.deepspeed.destroy()
+
+
+def _inputs_to_bf16(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def cast(value: Any) -> Any:
+        floating = isinstance(value, torch.Tensor) and value.is_floating_point()
+        return value.to(torch.bfloat16) if floating else value
+
+    return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}
+
+
+def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
+    """`deepspeed.initialize` on the process group that exists, without its compiler, its MPI discovery and its noise."""
+    global _joined
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.comm import comm
+    from deepspeed.runtime import torch_autocast
+    from deepspeed.utils import groups
+    from deepspeed.utils import logger as deepspeed_logger
+
+    deepspeed_logger.setLevel(logging.WARNING)
+    # Every collective of DeepSpeed says that torch's function of that name is deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(all_gather|reduce_scatter).*")
+    # Without this the first engine on a CPU compiles a shared-memory collective that training never calls (45 s), and
+    # without a compiler it fails.
+    deepspeed.ops.__compatible_ops__ = {}
+    default_group = torch.distributed.group.WORLD
+    if _joined is not default_group:  # DeepSpeed keeps groups at module level; those of an earlier start are dead
+        comm.cdb = None
+        groups._release_process_group_references()
+        backend = torch.distributed.get_backend()
+        comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
+        _joined = default_group
+    torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # never reset there: an earlier amp engine would leave its mark
+    if optimizer.__class__.__module__.startswith("timm."):
+        deepspeed_logger.setLevel(logging.ERROR)  # "untested optimizer": tested here
+    try:
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)  # type: ignore[arg-type]
+    finally:
+        deepspeed_logger.setLevel(logging.WARNING)
+    return engine
