@@ -15,7 +15,7 @@ import typer
 from launch import local as local_launcher
 from tubelet.console import run_app
 from tubelet.errors import ConfigError, nearest
-from tubelet.program.settings import load_command, parse_command
+from tubelet.program.settings import load_command, micro_batch_of, parse_command
 
 PROGRAMS = {"pretrain": "PretrainSettings", "finetune": "FinetuneSettings"}
 app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
@@ -45,8 +45,6 @@ def local(
 
 def _check(words: Sequence[str], nproc: int) -> tuple[str, list[str]]:
     """The program and its words, after its settings were read: a typo must not cost a start of many processes."""
-    from tubelet.batching import resolve_micro_batch
-
     if not words or words[0] not in PROGRAMS:
         given = words[0] if words else "nothing"
         close = nearest(given, PROGRAMS)
@@ -56,7 +54,7 @@ def _check(words: Sequence[str], nproc: int) -> tuple[str, list[str]]:
     if not command.help:
         cls = getattr(importlib.import_module(f"{program}.settings"), PROGRAMS[program])
         settings = load_command(cls, command).settings
-        resolve_micro_batch(settings.global_batch_size, settings.micro_batch_size, settings.max_micro_batch_size, nproc)
+        micro_batch_of(settings, nproc)
     return program, rest
 
 

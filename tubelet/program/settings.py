@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 from pydantic import model_validator
 
 from data_pipelines.settings import DataSettings
+from tubelet.batching import micro_batch_multiple, resolve_micro_batch
 from tubelet.config import Loaded, Settings, fixed, free, known_fields, load, read_yaml
 from tubelet.engine.settings import EngineSettings
 from tubelet.errors import ConfigError
@@ -65,6 +66,14 @@ class ProgramSettings(EngineSettings):
         if (self.total_steps is None) == (self.epochs is None):
             raise ValueError(f"give either total_steps or epochs, not {'both' if self.epochs else 'neither'}")
         return self
+
+
+def micro_batch_of(settings: ProgramSettings, world_size: int) -> int:
+    """The micro-batch size of these settings on that many ranks; `ConfigError` names what would fit."""
+    augment = settings.data.augment
+    multiple = micro_batch_multiple(bool(augment.mixup_alpha or augment.cutmix_alpha), settings.data.repeats)
+    return resolve_micro_batch(settings.global_batch_size, settings.micro_batch_size, settings.max_micro_batch_size,
+                               world_size, multiple)
 
 
 P = TypeVar("P", bound=ProgramSettings)

@@ -14,17 +14,16 @@ from typing import Any
 from data_pipelines.loader import EvalLoader, TrainLoader, compare_fingerprints
 
 from tubelet import dist
-from tubelet.batching import resolve_micro_batch
 from tubelet.config import Loaded
 from tubelet.engine import checkpoint
 from tubelet.engine.build import build_engine
 from tubelet.engine.schedule import check_schedule
 from tubelet.engine.trainer import Beginning, Trainer, TrainState
 from tubelet.errors import CheckpointError, ConfigError, Problems, RunError
-from tubelet.models.build import build_model, model_cfg
-from tubelet.models.cost import training_flops
+from tubelet.models.build import build_model, hub_config, model_cfg, set_picture_cfg
+from tubelet.models.cost import flops_per_sample_training
 from tubelet.objectives.classification import Classification
-from tubelet.program.settings import P, ProgramSettings
+from tubelet.program.settings import P, ProgramSettings, micro_batch_of
 from tubelet.program.weights import begin_from_weights
 from tubelet.runs import Run, check_changes
 
@@ -48,19 +47,22 @@ def train(loaded: Loaded[P], world: dist.World) -> dict[str, float]:
         beginning, manifest = decide_beginning(settings, run)
         data = build_data(settings, world, micro_batch_size, beginning, manifest, run)
         model = dist.together(lambda: build_model(settings.model, seed=settings.seed))
-        cfg = manifest["model_cfg"] if manifest else model_cfg(model)
+        source = manifest.get("model_cfg")
         if beginning.kind == "weights":
-            cfg = begin_from_weights(model, settings.init, settings.model, settings.seed, cfg, speaks=world.speaks)
-        cfg = picture_cfg(settings, cfg, speaks=world.speaks)
-        data.set_crop(cfg["crop_pct"])
-        flops = training_flops(model, settings.model.img_size)
+            source = begin_from_weights(model, settings.init, settings.model, settings.seed, speaks=world.speaks)
+        for warning in set_picture_cfg(model, settings.model, source):
+            print(f"warning: {warning}" if world.speaks else "", end="\n" if world.speaks else "", flush=True)
+        cfg = {**model_cfg(model), "interpolation": settings.data.augment.interpolation}
+        data.set_crop(cfg.get("crop_pct") or 0.875)
+        flops = flops_per_sample_training(model, settings.model.img_size)
+        hub = {**hub_config(model, settings.model), "pretrained_cfg": cfg}
         engine = build_engine(model, settings, world=world, device=device, micro_batch_size=micro_batch_size)
         objective = Classification(settings.objective, settings.model.num_classes, cfg["mean"], cfg["std"])
         trainer = Trainer(
             settings, run=run, world=world, engine=engine, objective=objective, loader=data.train,
             eval_loaders=data.val, micro_batch_size=micro_batch_size, total_steps=data.total_steps, beginning=beginning,
             flops_per_sample=flops, img_size=settings.model.img_size,
-            manifest={"config": settings.model_dump(mode="json"), "model_cfg": cfg,
+            manifest={"config": settings.model_dump(mode="json"), "model_cfg": cfg, "hub_config": hub,
                       "data": {"fingerprint": data.train.fingerprint, "recorded": data.train.recorded_state()}})
         return trainer.fit()
     except Exception as error:
@@ -73,9 +75,8 @@ def check(settings: ProgramSettings, world: dist.World) -> int:
     """What can be known before a process group exists, reported together. Returns the micro-batch size."""
     problems = Problems(ConfigError)
     micro = 0
-    for action in (lambda: resolve_micro_batch(settings.global_batch_size, settings.micro_batch_size,
-                                               settings.max_micro_batch_size, world.size),
-                   lambda: check_schedule(settings.schedule, settings.total_steps)):
+    for action in (lambda: micro_batch_of(settings, world.size),
+                   lambda: check_schedule(settings.schedule, settings.total_steps, settings.optimizer.lr)):
         try:
             micro = action() or micro
         except ConfigError as error:
@@ -175,20 +176,3 @@ def _on_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
-
-
-def picture_cfg(settings: ProgramSettings, cfg: dict[str, Any], *, speaks: bool) -> dict[str, Any]:
-    """mean, std, crop_pct, interpolation and input size of this run: settings over the loaded weights' own."""
-    model, cfg = settings.model, dict(cfg)
-    for key in ("mean", "std", "crop_pct"):
-        wanted = getattr(model, key)
-        if wanted is None:
-            continue
-        if key != "crop_pct" and settings.init.weights and list(wanted) != list(cfg.get(key, wanted)) and speaks:
-            print(f"warning: model.{key}={list(wanted)} overrides the loaded weights' own {list(cfg[key])}", flush=True)
-        cfg[key] = wanted
-    size = model.img_size if isinstance(model.img_size, (tuple, list)) else (model.img_size, model.img_size)
-    cfg |= {"input_size": [3, *size], "num_classes": model.num_classes,
-            "interpolation": settings.data.augment.interpolation}
-    cfg.setdefault("crop_pct", 0.875)
-    return cfg
