@@ -215,7 +215,8 @@ def _how_to_get(name: str, known: str, timm_names: list[str]) -> str:
             return f"model.name={base[0]} model.kwargs={kwargs!r}; `tubelet models tokenlearner` lists those with a name"
     if known != name:  # a paper's size with a patch size nobody published
         stem = known.split("_patch")[0]
-        patches = sorted({key for key in (*entries(), *timm_names) if re.fullmatch(rf"{stem}_patch\d+_224", key)})
+        patches = sorted({key for key in (*entries(), *timm_names) if re.fullmatch(rf"{stem}_patch\d+_224", key)},
+                         key=lambda key: int(key.split("_patch")[1].split("_")[0]))
         if patches:
             patch = known.split("_patch")[1].split("_")[0]
             return f"one of {', '.join(patches)}, or one of them with model.kwargs={{patch_size: {patch}}}"

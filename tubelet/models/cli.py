@@ -1,0 +1,48 @@
+"""`tubelet models [FILTER]`: our names, the papers' names for them, parameters and cost."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from tubelet.errors import ConfigError
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def models(
+    pattern: Annotated[str, typer.Argument(metavar="[FILTER]", help="part of a name or of a paper's name")] = "",
+    cost: Annotated[str, typer.Option(metavar="NAME", help="cost of one model, ours, timm's or a paper's name")] = "",
+    img_size: Annotated[int, typer.Option(help="pixels; a position table grows with them")] = 224,
+) -> None:
+    """List the models registered here with their size, or say what one model costs."""
+    from tubelet.console import print_table
+    from tubelet.models.build import build_meta
+    from tubelet.models.cost import macs, num_parameters
+    from tubelet.models.names import ALIASES, SIZES, entries, paper_name, resolve_name
+    from tubelet.models.settings import ModelSettings
+
+    if cost:
+        name = resolve_name(cost)
+        model = build_meta(ModelSettings(name=name, img_size=img_size))
+        body = build_meta(ModelSettings(name=name, img_size=img_size, num_classes=0))
+        count = macs(model, img_size)
+        print_table(f"{name} at {img_size} pixels", ["", ""], [
+            ["paper", paper_name(name) or "-"],
+            ["parameters", f"{num_parameters(model):,} with 1000 classes, {num_parameters(body):,} without classifier"],
+            ["forward, one picture", f"{count / 1e9:.2f} GMACs = {2 * count / 1e9:.2f} GFLOPs"],
+            ["training, one picture", f"{6 * count / 1e9:.1f} GFLOPs (forward and backward)"]])
+        return
+    rows = []
+    for name in entries():
+        if pattern.lower() in f"{name} {paper_name(name)}".lower():
+            model = build_meta(ModelSettings(name=name, img_size=img_size))
+            rows.append([name, f"{num_parameters(model) / 1e6:.2f}", f"{macs(model, img_size) / 1e9:.2f}", paper_name(name)])
+    if not rows:
+        raise ConfigError(f"No model here has {pattern!r} in its name.", "no filter, or `--cost NAME` for any model of timm")
+    print_table(f"Models of this project at {img_size} pixels, 1000 classes", ["name", "M params", "GMACs", "paper"], rows)
+    sizes = "/P, ".join(f"ViT-{letter}" for letter in SIZES)
+    print(f"\nPapers' names stand for timm's: {sizes}/P, {', '.join(ALIASES)}.\n"
+          "Any name of timm works too, and model.kwargs change any model (width, depth, patch size, pooling).")
