@@ -21,18 +21,22 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def evaluate(engine: Engine, objective: Any, loader: EvalLoader) -> dict[str, float]:
     """Means of the objective's sums over one validation set. All ranks call it and get the same numbers.
 
-    Raises `DataError` when the samples counted over all ranks are not exactly those of the set.
+    Damaged samples are left out and reported as `bad_samples`. Raises `DataError` when the samples counted over all
+    ranks are not exactly the others of the set.
     """
     engine.eval()
-    totals: dict[str, float] = {}
+    totals: dict[str, float] = {"bad_samples": 0.0}
     for batch in loader:
         for name, value in objective.evaluate(engine.model, to_device(batch, engine.device)).items():
             totals[name] = totals.get(name, 0.0) + float(value)
+        totals["bad_samples"] += len(batch.get("bad", ()))
     engine.train()
     names = sorted(totals)
     sums = dict(zip(names, dist.sums([totals[name] for name in names])))
-    count = sums.pop("count")
-    if round(count) != loader.size:
-        raise DataError(f"Validation set {loader.name} has {loader.size} samples but {count:.0f} were evaluated.",
+    count, bad = sums.pop("count"), sums.pop("bad_samples")
+    if round(count + bad) != loader.size or not count:
+        raise DataError(f"Validation set {loader.name} has {loader.size} samples, but {count:.0f} were evaluated "
+                        f"and {bad:.0f} did not decode.",
                         "`tubelet data verify` on its shards")
-    return {name: value / count for name, value in sums.items()}
+    means = {name: value / count for name, value in sums.items()}
+    return {**means, "bad_samples": bad} if bad else means

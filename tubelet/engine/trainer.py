@@ -15,7 +15,9 @@ from typing import Any
 import torch
 
 from tubelet import dist
-from tubelet.engine import checkpoint
+from tubelet.engine.checkpoint.folder import prune
+from tubelet.engine.checkpoint.load import restore
+from tubelet.engine.checkpoint.save import save as save_checkpoint
 from tubelet.engine.digest import DigestFile
 from tubelet.engine.ema import ShardedEma
 from tubelet.engine.evaluate import evaluate, to_device
@@ -118,7 +120,7 @@ class Trainer:
         for note in self.beginning.notes if self.world.speaks else ():
             print(note, flush=True)
         if self.beginning.folder is not None:
-            restored = checkpoint.restore(self.beginning.folder, self.engine, self.ema.tensors() if self.ema else None)
+            restored = restore(self.beginning.folder, self.engine, self.ema.tensors() if self.ema else None)
             if self.world.speaks:
                 restored.show(self.beginning.kind, self.beginning.folder, asdict(self.state))
                 self.run.event(self.beginning.kind, folder=str(self.beginning.folder), **asdict(self.state))
@@ -242,17 +244,19 @@ class Trainer:
             return
         started = time.perf_counter()
         extra = {**self.manifest, "state": asdict(self.state), "total_steps": self.total_steps}
-        checkpoint.save(self.run.folder, self.engine, step=self.state.step, ema=self.ema.tensors() if self.ema else None,
+        save_checkpoint(self.run.folder, self.engine, step=self.state.step, ema=self.ema.tensors() if self.ema else None,
                         extra=extra, before_commit=self.run.check_current)
-        if self.world.speaks:
-            checkpoint.prune(self.run.folder, keep_last=self.settings.keep_last, keep_every=self.settings.keep_every,
-                             before_delete=self.run.check_current)
-        dist.barrier()
+        dist.together(self.prune)
         self.saved_step, self.saved_at = self.state.step, time.monotonic()
         seconds = time.perf_counter() - started
         self.meter.other_seconds += seconds
         self.scalars.write(self.state.step, {"ckpt/save_seconds": seconds})
         self.scalars.flush()
+
+    def prune(self) -> None:
+        if self.world.speaks:
+            prune(self.run.folder, keep_last=self.settings.keep_last, keep_every=self.settings.keep_every,
+                  before_delete=self.run.check_current)
 
     def leave(self, code: int, reason: str) -> None:
         """Everything is saved: say so and stop on all ranks together."""

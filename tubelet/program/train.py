@@ -15,7 +15,8 @@ from data_pipelines.loader import EvalLoader, TrainLoader, compare_fingerprints
 
 from tubelet import dist
 from tubelet.config import Loaded
-from tubelet.engine import checkpoint
+from tubelet.engine.checkpoint.folder import choose
+from tubelet.engine.checkpoint.format import read_manifest
 from tubelet.engine.build import build_engine
 from tubelet.engine.schedule import check_schedule
 from tubelet.engine.trainer import Beginning, Trainer, TrainState
@@ -107,9 +108,9 @@ def decide_beginning(settings: ProgramSettings, run: Run) -> tuple[Beginning, di
 
     1 the run's own newest checkpoint that verifies; 2 `init.from_run`; 3 `init.weights`; 4 from scratch.
     """
-    folder, notes = checkpoint.choose(run.folder)
+    folder, notes = choose(run.folder)
     if folder is not None:
-        manifest = checkpoint.read_manifest(folder)
+        manifest = read_manifest(folder)
         changed = check_changes(type(settings), manifest["config"], settings.model_dump(mode="json"), str(run.folder))
         notes = [*notes, *(f"changed since the checkpoint: {item}" for item in changed)]
         if changed and run.attempt:
@@ -120,12 +121,12 @@ def decide_beginning(settings: ProgramSettings, run: Run) -> tuple[Beginning, di
                               f"`tubelet ckpt verify {run.folder}`; or run.overwrite=true to begin anew (it is kept)")
     if settings.init.from_run:
         other = Path(settings.init.from_run)
-        folder, notes = checkpoint.choose(other.parent if other.name.startswith("step-") else other,
+        folder, notes = choose(other.parent if other.name.startswith("step-") else other,
                                           only=other if other.name.startswith("step-") else None)
         if folder is None:
             raise CheckpointError(f"init.from_run={other}: no checkpoint there verifies. " + " ".join(notes),
                                   f"`tubelet ckpt verify {other}`")
-        manifest = checkpoint.read_manifest(folder)
+        manifest = read_manifest(folder)
         return Beginning("fork", folder, TrainState(**manifest["state"]), notes), manifest
     return Beginning("weights" if settings.init.weights else "scratch", notes=notes), {}
 

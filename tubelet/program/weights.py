@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tubelet import dist
-from tubelet.engine.checkpoint.folder import published, verify
-from tubelet.engine.checkpoint.load import assemble, has_ema, read_manifest
+from tubelet.engine.checkpoint.folder import choose, published
+from tubelet.engine.checkpoint.format import Index, read_manifest
+from tubelet.engine.checkpoint.load import assemble
 from tubelet.errors import CheckpointError
 from tubelet.models.build import build_model, model_cfg
 from tubelet.models.settings import ModelSettings
@@ -18,39 +19,37 @@ from tubelet.program.settings import InitSettings
 
 def begin_from_weights(model: Any, init: InitSettings, settings: ModelSettings, seed: int, *, speaks: bool) -> dict[str, Any]:
     """Load `init.weights` into `model` on every rank, print the table, return the picture settings that go with them."""
-    state, source = dist.together(lambda: find_weights(init, settings, seed))
+    folder = checkpoint_folder(init.weights or "")
+    state, source = dist.together(lambda: find_weights(init, folder, settings, seed))
     report = dist.together(lambda: load_weights(model, state, method=init.resize, head=init.head))
     if speaks:
         report.show(f"weights from {init.weights}")
     return source
 
 
-def find_weights(init: InitSettings, settings: ModelSettings, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(full fp32 state dict, picture settings) of what `init.weights` names."""
-    name = init.weights or ""
-    if name == "made-up":
+def find_weights(init: InitSettings, folder: Path | None, settings: ModelSettings,
+                 seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(full fp32 state dict, picture settings) of what `init.weights` names; `folder`: the checkpoint, if it is one."""
+    if init.weights == "made-up":
         return made_up_weights(settings, seed)
-    folder = checkpoint_folder(name)
     if folder is None:
-        return read_weights(name)
+        return read_weights(init.weights or "")
     return dict(assemble(folder, which=init.which)), read_manifest(folder)["model_cfg"]
 
 
 def checkpoint_folder(name: str) -> Path | None:
-    """The sharded checkpoint a path means: a step folder, or a run's newest one that verifies; None for anything else."""
+    """The sharded checkpoint a path means: a step folder, or a run's newest one that verifies; None for anything else.
+
+    All ranks call it: each verifies its share of the files.
+    """
     path = Path(name)
-    if path.name.startswith("step-") and path.is_dir():
-        problems = verify(path)
-        if problems:
-            raise CheckpointError(f"{path} does not verify: {'; '.join(problems[:3])}.", f"`tubelet ckpt verify {path}`")
-        return path
-    steps = published(path) if path.is_dir() else []
-    for folder in reversed(steps):
-        if not verify(folder):
-            return folder
-    if steps:
-        raise CheckpointError(f"None of the {len(steps)} checkpoints in {path} verifies.", f"`tubelet ckpt verify {path}`")
-    return None
+    step = path.name.startswith("step-") and path.is_dir()
+    if not step and not published(path):
+        return None
+    folder, notes = choose(path.parent, only=path) if step else choose(path)
+    if folder is None:
+        raise CheckpointError(f"No checkpoint at {path} verifies: {' '.join(notes)}", f"`tubelet ckpt verify {path}`")
+    return folder
 
 
 def made_up_weights(settings: ModelSettings, seed: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -80,7 +79,7 @@ def describe(name: str, which: str = "auto") -> Found:
     if folder is not None:
         manifest = read_manifest(folder)
         config = manifest["config"]
-        kind = "moving average" if which == "ema" or (which == "auto" and has_ema(folder)) else "weights"
+        kind = "moving average" if which == "ema" or (which == "auto" and Index.read(folder).ema) else "weights"
         return Found(ModelSettings(**config["model"]), dict(assemble(folder, which=which)), manifest["model_cfg"],
                      f"{kind} of {folder.name}", config["data"]["augment"], config["objective"])
     state, cfg = read_weights(name)
