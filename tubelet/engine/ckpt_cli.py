@@ -1,0 +1,114 @@
+"""`tubelet ckpt`: look at checkpoints, verify, export and prune them. PATH is a run folder or one of its checkpoints."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from tubelet.console import print_table
+from tubelet.errors import EXIT_ERROR, CheckpointError
+from tubelet.files import human_bytes
+
+app = typer.Typer(help="Look at checkpoints, verify, export and prune them. PATH is a run folder (then its newest "
+                       "checkpoint is meant) or one of its checkpoints.", no_args_is_help=True, add_completion=False)
+
+PathArgument = Annotated[Path, typer.Argument(metavar="PATH", help="runs/NAME or runs/NAME/step-00001000")]
+
+
+@app.command()
+def info(path: PathArgument) -> None:
+    """What a checkpoint holds, and which others the run has."""
+    from tubelet.engine.checkpoint.folder import newest, published, step_of
+    from tubelet.engine.checkpoint.format import MANIFEST, Index, read_manifest
+
+    folder = newest(path)
+    manifest, index = read_manifest(folder), Index.read(folder)
+    engine, model = manifest["engine"], (manifest.get("config") or {}).get("model") or {}
+    values = sum(math.prod(shape) for shape in {**index.shapes, **index.frozen}.values())
+    rows: list[tuple[str, Any]] = [
+        ("step", manifest["step"]), ("samples", manifest.get("samples")), ("written", manifest["created"]),
+        ("engine", f"{engine['kind']}, stage {engine['stage']}, {engine['precision']}, {manifest['world_size']} rank(s)"),
+        ("model", f"{model.get('name', '?')}, {len(index.shapes)} trained and {len(index.frozen)} frozen parameters, "
+                  f"{values:,} values, {len(index.buffers)} buffers"),
+        ("optimizer", f"{index.optimizer}, {len(index.groups)} group(s), " + (", ".join(
+            dict.fromkeys(kind for flat in index.flats for kind in flat.kinds)) or "no state yet")),
+        ("EMA", "yes" if index.ema else "no"),
+        ("size", f"{human_bytes(sum(f['bytes'] for f in manifest['files'].values()))} in {len(manifest['files'])} files"),
+        ("versions", ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())),
+    ]
+    print_table(str(folder), ("what", "value"), rows)
+    others = [step for step in published(folder.parent) if step.name != folder.name]
+    unfinished = [step for step in folder.parent.glob("step-*") if step_of(step) >= 0 and not (step / MANIFEST).exists()]
+    if others:
+        print(f"others in {folder.parent}: {', '.join(step.name for step in others)}")
+    if unfinished:
+        print(f"unfinished saves: {', '.join(sorted(step.name for step in unfinished))}")
+
+
+@app.command()
+def verify(
+    path: PathArgument,
+    all_: Annotated[bool, typer.Option("--all", help="every checkpoint of the run")] = False,
+    quick: Annotated[bool, typer.Option(help="sizes and places only; do not read and hash every byte")] = False,
+) -> None:
+    """Check sizes, hashes and that every element of every parameter is there; exit code 1 on problems."""
+    from tubelet.engine.checkpoint.folder import newest, published
+    from tubelet.engine.checkpoint.folder import verify as verify_folder
+
+    folders = published(path) if all_ else [newest(path)]
+    if not folders:
+        raise CheckpointError(f"{path} holds no checkpoint.", "runs/NAME, a folder with step-* in it")
+    rows, bad = [], 0
+    for folder in folders:
+        problems = verify_folder(folder, deep=not quick)
+        bad += bool(problems)
+        rows += [(folder.name, "damaged", problem) for problem in problems] or [(folder.name, "whole", "")]
+    print_table(str(folders[0].parent), ("checkpoint", "is", "problem"), rows)
+    if bad:
+        raise typer.Exit(EXIT_ERROR)
+
+
+@app.command()
+def export(
+    path: PathArgument,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write model.safetensors and config.json to")],
+    to: Annotated[str, typer.Option(help="safetensors")] = "safetensors",
+    which: Annotated[str, typer.Option(help="auto (the moving average if there is one), ema or weights")] = "auto",
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
+    max_file_gb: Annotated[float, typer.Option(help="cut the weights into files of at most this size")] = 5.0,
+) -> None:
+    """Write the weights for timm and others: model.safetensors, config.json, README.md."""
+    from tubelet.engine.checkpoint.export import export as write
+    from tubelet.engine.checkpoint.folder import newest
+
+    if to != "safetensors":
+        raise CheckpointError(f"`--to {to}` is not a format that can be written; there is one: safetensors.",
+                              "--to safetensors")
+    folder = newest(path)
+    if out.resolve() == folder.resolve():
+        raise CheckpointError(f"{out} is the checkpoint itself.", "another folder for the export")
+    write(folder, out, which=which, dtype=dtype, max_file_bytes=int(max_file_gb * 10**9))  # type: ignore[arg-type]
+    written = sorted(item.name for item in out.iterdir() if item.name.startswith(("model", "config", "README")))
+    print(f"{folder} -> {out}: {', '.join(written)}")
+
+
+@app.command()
+def prune(
+    path: Annotated[Path, typer.Argument(metavar="RUN", help="runs/NAME")],
+    keep_last: Annotated[int, typer.Option(min=1, help="newest verified checkpoints to keep")],
+    keep_every: Annotated[int | None, typer.Option(min=1, help="keep steps that are multiples of this")] = None,
+    dry_run: Annotated[bool, typer.Option(help="say what would be removed")] = False,
+) -> None:
+    """Remove old checkpoints and saves that never finished; those to be kept are verified first."""
+    from tubelet.engine.checkpoint.folder import prunable
+    from tubelet.engine.checkpoint.folder import prune as remove
+
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is not a run folder.", "runs/NAME")
+    choose = prunable if dry_run else remove
+    removed = choose(path, keep_last=keep_last, keep_every=keep_every)
+    verb = "would remove" if dry_run else "removed"
+    print(f"{verb} {', '.join(folder.name for folder in removed)}" if removed else "nothing to remove")
