@@ -1,0 +1,276 @@
+"""The index of a source: which shards, how many samples in each, and where every sample's bytes lie.
+
+Beside each shard stands `<shard>.idx` (scan.py), and in the folder one `index.json` (shard names, bytes, counts, SHA-256
+of the .idx files, label rule), `_info.json` (timm and Hugging Face read it) and `classes.json` (names by class number,
+when known). Shards without an index get one in the user's cache, or under `data.index_dir`, in a folder named by a hash
+of the shard list: local ones are built when first opened, remote ones by `tubelet data index`.
+
+The order of samples is computed from the counts, so a shard that changed size, vanished or was cut short is an error when
+the source is opened, never a surprise later. Nothing here reads what is inside a member.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data_pipelines.indexing import cached_folder, index_command, write_index
+from data_pipelines.once import build_once
+from data_pipelines.scan import SampleRef, ShardTable, read_idx
+from data_pipelines.settings import SourceSettings
+from data_pipelines.shards import (
+    INDEX_NAME,
+    base_name,
+    beside,
+    by_folder,
+    folder_of,
+    is_remote,
+    missing,
+    read_index_json,
+    resolve_shards,
+)
+from tubelet.dist import World
+from tubelet.errors import DataError, Problems
+
+TABLE_BYTES = 128 * 2**20  # memory a process gives to .idx tables
+MANY_SHARDS = 2048  # beyond this only rank 0 asks for sizes: thousands of ranks would storm the file system
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """One shard as its index describes it."""
+
+    name: str
+    """Base name, without folder or host: data may move."""
+    url: str
+    nbytes: int
+    count: int
+    """Samples."""
+    idx: str
+    """Path or URL of its .idx file."""
+    idx_sha256: str
+
+
+class SourceIndex:
+    """One source, opened. Holds no list of samples; .idx tables are read when asked for and the last ones kept.
+
+    It can be sent to worker processes: tables stay behind.
+    """
+
+    def __init__(self, name: str, infos: Sequence[ShardInfo], label: str = "cls", classes: list[str] | None = None):
+        self.name = name
+        self.shards = list(infos)
+        self.counts = np.array([info.count for info in infos], dtype=np.int64)
+        self.label = label
+        """Where the label is: `cls`, `txt` or `json:path.to.field`."""
+        self.classes = classes
+        """Class names by number, when known."""
+        self._tables: OrderedDict[int, ShardTable] = OrderedDict()
+        self._held = 0
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_tables": OrderedDict(), "_held": 0}
+
+    def __len__(self) -> int:
+        return int(self.counts.sum())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all shards."""
+        return sum(info.nbytes for info in self.shards)
+
+    @property
+    def sample_bytes(self) -> float:
+        """Mean bytes of shard per sample."""
+        return self.nbytes / max(1, len(self))
+
+    def table(self, shard: int) -> ShardTable:
+        """The table of a shard's samples. Raises `DataError` when its .idx file is not the one the index means."""
+        found = self._tables.get(shard)
+        if found is None:
+            info = self.shards[shard]
+            content = _read_bytes(info.idx)
+            if content is None:
+                raise DataError(f"{info.idx} is missing, the index of shard {info.name}.", _anew(info))
+            if hashlib.sha256(content).hexdigest() != info.idx_sha256:
+                raise DataError(f"{info.idx} is not the file that {INDEX_NAME} lists (its SHA-256 differs).",
+                                f"copy it again, or {_anew(info)}")
+            found = read_idx(content, info.idx)
+            self._tables[shard] = found
+            self._held += found.nbytes
+            while self._held > TABLE_BYTES and len(self._tables) > 1:
+                self._held -= self._tables.popitem(last=False)[1].nbytes
+        else:
+            self._tables.move_to_end(shard)
+        return found
+
+    def sample(self, shard: int, index: int) -> SampleRef:
+        """Key, URL and members {extension: (offset, size)} of sample `index` of shard number `shard`."""
+        return self.table(shard).sample(index, self.shards[shard].url)
+
+    def digest(self) -> str:
+        """SHA-256 of the ordered list of (shard base name, samples, bytes): equal data, wherever it lies."""
+        text = "".join(f"{info.name}\t{info.count}\t{info.nbytes}\n" for info in self.shards)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def open_source(settings: SourceSettings, *, index_dir: str | None = None, world: World | None = None) -> SourceIndex:
+    """Opens a source: finds, or for local shards builds, its index, and compares every shard's size with it.
+
+    Any rank may call it alone; nothing in it is a collective. A rank that is not the first of its node leaves the
+    building of an index to that one for a while. With more than 2048 shards only rank 0 compares sizes, so an error may
+    come on rank 0 alone: call it inside `dist.together`.
+    """
+    urls = resolve_shards(settings.shards, index_dir)
+    infos, label, classes = _look_up(urls, settings, index_dir, world)
+    if not sum(info.count for info in infos):
+        raise DataError(f"Source `{settings.name}` holds no samples: {len(infos)} shard(s), all empty "
+                        f"({infos[0].url}{' ...' if len(infos) > 1 else ''}).",
+                        "check `shards`; a sample is a group of members such as 0001.jpg and 0001.cls")
+    if world is None or world.rank == 0 or len(infos) <= MANY_SHARDS:
+        check_sizes(infos).raise_if_any()
+    chosen = settings.label if "label" in settings.model_fields_set else label
+    return SourceIndex(settings.name, infos, chosen, classes)
+
+
+# ------------------------------------------------------------------------------------------------------ finding one
+
+
+def _look_up(urls: list[str], settings: SourceSettings, index_dir: str | None,
+             world: World | None) -> tuple[list[ShardInfo], str, list[str] | None]:
+    """(shards in the order of `urls`, label rule, class names): beside the shards first, then in the cache."""
+    known: dict[str, ShardInfo] = {}
+    label, classes = "cls", None
+    lacking: list[str] = []
+    problems = Problems(DataError, "Shards do not agree with their index:")
+    for folder, members in by_folder(urls).items():
+        content = _read_bytes(beside(members[0], INDEX_NAME))
+        if content is None:
+            lacking += members
+            continue
+        index = read_index_json(content)
+        listed = {entry["name"]: entry for entry in index["shards"]}
+        label = index.get("label", "cls")
+        for url in members:
+            entry = listed.get(base_name(url))
+            if entry is None:
+                problems.add(f"{url} is not listed in {folder}/{INDEX_NAME}.", f"{index_command([folder])} --overwrite")
+                continue
+            known[url] = ShardInfo(entry["name"], url, int(entry["bytes"]), int(entry["samples"]),
+                                   beside(url, f"{entry['name']}.idx"), entry["idx_sha256"])
+        if classes is None:
+            classes = _read_classes(beside(members[0], "classes.json"))
+    problems.raise_if_any()
+    if lacking:
+        folder = _cached_index(lacking, settings, index_dir, world)
+        index = read_index_json(folder / INDEX_NAME)
+        label = index.get("label", "cls")
+        for url, entry in zip(lacking, index["shards"]):
+            known[url] = ShardInfo(entry["name"], url, int(entry["bytes"]), int(entry["samples"]),
+                                   str(folder / entry["idx"]), entry["idx_sha256"])
+    return [known[url] for url in urls], label, classes
+
+
+def _cached_index(urls: list[str], settings: SourceSettings, index_dir: str | None, world: World | None) -> Path:
+    folder = cached_folder(urls, index_dir)
+    if folder.exists():
+        return folder
+    remote = [url for url in urls if is_remote(url)]
+    if remote:
+        words = [settings.shards] if isinstance(settings.shards, str) else list(settings.shards)
+        raise DataError(f"{len(remote)} remote shard(s) of source `{settings.name}` have no index, the first is "
+                        f"{remote[0]}; looked beside them and in {folder}.",
+                        index_command(words, index_dir) + "  (once; it reads the headers of every shard)")
+    absent = Problems(DataError, f"Shards of source `{settings.name}` are missing:")
+    absent.items += missing(urls)
+    absent.raise_if_any()
+    patience = 10.0 if world is not None and world.local_rank else 0.0
+
+    def build(temporary: Path) -> None:
+        print(f"# building the index of {len(urls)} shards once, in {folder} (`{index_command([folder_of(urls[0])])}` "
+              "would keep it beside them)", file=sys.stderr, flush=True)
+        write_index(temporary, urls, beside_shards=False)
+
+    return build_once(folder, build, patience)
+
+
+def _anew(info: ShardInfo) -> str:
+    """What to do for a new index of a shard and those it was indexed with."""
+    if folder_of(info.idx) == folder_of(info.url):
+        return f"{index_command([folder_of(info.url)])} --overwrite"
+    return f"remove {folder_of(info.idx)}" + (", then tubelet data index" if is_remote(info.url) else " and start again")
+
+
+def check_sizes(infos: Sequence[ShardInfo]) -> Problems:
+    """Every shard that vanished or whose size is not the one in the index, as problems (none: all is well)."""
+    problems = Problems(DataError, "Shards are not what their index says:")
+    gone = [info for info in infos if not is_remote(info.url) and not os.path.exists(info.url)]
+    problems.items += missing(info.url for info in gone)
+    for info, size in _sizes([info for info in infos if info not in gone] if gone else infos):
+        if size is not None and size != info.nbytes:
+            what = "cut short" if size < info.nbytes else "longer than it was"
+            problems.add(f"{info.url} has {size} bytes, its index says {info.nbytes}: it is {what}.",
+                         f"copy the shard again; if it was meant to change: {_anew(info)}")
+    return problems
+
+
+def _sizes(infos: Sequence[ShardInfo]) -> Iterator[tuple[ShardInfo, int | None]]:
+    remote: dict[str, list[ShardInfo]] = {}
+    for info in infos:
+        if is_remote(info.url):
+            remote.setdefault(info.url.split("://")[0], []).append(info)
+        else:
+            yield info, os.stat(info.url).st_size
+    for group in remote.values():
+        try:
+            import fsspec
+
+            file_system, _ = fsspec.core.url_to_fs(group[0].url)
+            sizes = file_system.sizes([info.url for info in group])
+        except Exception as error:  # every protocol has its own kinds
+            raise DataError(f"The sizes of the shards at {folder_of(group[0].url)} cannot be read: "
+                            f"{type(error).__name__}: {str(error)[:300]}.", "check network, credentials and names") from None
+        yield from zip(group, sizes)
+
+
+def _read_bytes(url: str) -> bytes | None:
+    """Content of a small file, local or remote; None when there is none."""
+    try:
+        if not is_remote(url):
+            return Path(url).read_bytes()
+        import fsspec
+
+        with fsspec.open(url, "rb") as file:
+            return file.read()  # type: ignore[union-attr]
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # every protocol has its own kinds
+        raise DataError(f"{url} cannot be read: {type(error).__name__}: {str(error)[:300]}.",
+                        "check network, credentials and permissions") from None
+
+
+def _read_classes(url: str) -> list[str] | None:
+    content = _read_bytes(url)
+    if content is None:
+        return None
+    try:
+        found = json.loads(content)
+    except ValueError:
+        found = None
+    if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
+        raise DataError(f"{url} must be a JSON list of class names by number.", "remove it, or write it again")
+    return found
+
+
+def read_classes(path: Path) -> list[str] | None:
+    """Class names by number of the shards in a folder, when known."""
+    return _read_classes(str(path / "classes.json"))
