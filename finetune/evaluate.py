@@ -58,7 +58,7 @@ def evaluate(
     found = describe(weights, which)
     settings = found.model.model_copy(update={"img_size": img_size} if img_size else {})
     model = build_model(settings, seed=0)
-    load_weights(model, found.state, head="keep")
+    load_weights(model, found.state, source=found.cfg, head="keep")
     set_picture_cfg(model, settings, found.cfg)
     cfg = model_cfg(model)
     augment = AugmentSettings(**found.augment)

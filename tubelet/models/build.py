@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from typing import Any
 
@@ -46,15 +47,16 @@ def build_model(settings: ModelSettings, *, seed: int) -> nn.Module:
 
 def build_meta(settings: ModelSettings) -> nn.Module:
     """The same model without memory (meta device): for counting, for shapes, for checking settings."""
+    skip = {} if "weight_init" in settings.kwargs else {"weight_init": "skip"}  # there is nothing to initialise
     with torch.device("meta"):
-        return _finish(_create(settings), settings)
+        return _finish(_create(settings, **skip), settings)
 
 
 def _create(settings: ModelSettings, **extra: Any) -> nn.Module:
     name = resolve_name(settings.name)
     asked = {"img_size": settings.img_size, "drop_path_rate": settings.drop_path_rate, "drop_rate": settings.drop_rate}
     known = _arguments_of(name)
-    arguments = {**settings.kwargs, **extra}
+    arguments = {**settings.kwargs, **{key: value for key, value in extra.items() if known and key in known}}
     if known is not None:
         _check_kwargs(name, settings, known)
         arguments |= {key: value for key, value in asked.items() if key in known and (value or key == "img_size")}
@@ -71,10 +73,14 @@ def _create(settings: ModelSettings, **extra: Any) -> nn.Module:
                           "other values in model.kwargs") from error
 
 
+@functools.cache
 def _arguments_of(name: str) -> set[str] | None:
     """Keyword arguments of the class behind a timm name; None when they cannot be known (it takes a config object)."""
     with torch.device("meta"):
-        cls = type(timm.create_model(name))
+        try:
+            cls = type(timm.create_model(name, depth=1))  # for speed; ours and timm's ViTs know `depth`
+        except TypeError:
+            cls = type(timm.create_model(name))
     found: set[str] = set()
     for parent in cls.__mro__:
         if "__init__" not in parent.__dict__:

@@ -199,7 +199,7 @@ def _find_problems(given: State, wanted: Mapping[str, torch.Tensor], fitted: Sta
     missing = _subtrees([name for name in wanted if name not in given and name not in fitted and name not in new], given)
     unexpected = _subtrees([name for name in given if name not in wanted], wanted)
     for fold, names in missing.items():
-        close = nearest(fold, unexpected)
+        close = nearest(fold, [other for other in unexpected if other.count(".") == fold.count(".")])
         if names[0].rpartition(".")[0] in heads:
             hint = "init.head=replace"
         elif close:
@@ -210,7 +210,7 @@ def _find_problems(given: State, wanted: Mapping[str, torch.Tensor], fitted: Sta
             hint = "weights of the same architecture (model.name, model.kwargs)"
         problems.add(f"{_counted(fold, names)} of the model: not in the weights.", hint)
     for fold, names in unexpected.items():
-        close = nearest(fold, missing)
+        close = nearest(fold, [other for other in missing if other.count(".") == fold.count(".")])
         problems.add(f"{_counted(fold, names)} of the weights: not in the model.",
                      f"is it our {close[0]}? Rename it with a key map" if close else
                      "a model that has it (model.name, model.kwargs)")

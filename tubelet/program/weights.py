@@ -21,7 +21,8 @@ def begin_from_weights(model: Any, init: InitSettings, settings: ModelSettings, 
     """Load `init.weights` into `model` on every rank, print the table, return the picture settings that go with them."""
     folder = checkpoint_folder(init.weights or "")
     state, source = dist.together(lambda: find_weights(init, folder, settings, seed))
-    report = dist.together(lambda: load_weights(model, state, method=init.resize, head=init.head))
+    report = dist.together(lambda: load_weights(model, state, source=source, method=init.resize, head=init.head,
+                                                  head_bias=settings.head_bias))
     if speaks:
         report.show(f"weights from {init.weights}")
     return source
