@@ -88,7 +88,7 @@ def _verify_file(folder: Path, name: str, recorded: dict, index: Index, deep: bo
     size = path.stat().st_size
     if size != recorded["bytes"]:
         return [f"{name} has {size} bytes, the manifest says {recorded['bytes']}"]
-    if deep and files.sha256_file(path) != recorded["sha256"]:
+    if (deep or name == INDEX) and files.sha256_file(path) != recorded["sha256"]:
         return [f"{name} is damaged: its SHA-256 is not the manifest's"]
     for rank in range(len(index.ranks)):
         if name == rank_file(rank):
