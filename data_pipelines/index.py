@@ -131,59 +131,75 @@ def open_source(settings: SourceSettings, *, index_dir: str | None = None, world
     come on rank 0 alone: call it inside `dist.together`.
     """
     urls = resolve_shards(settings.shards, index_dir)
-    infos, label, classes = _look_up(urls, settings, index_dir, world)
+    known = known_shards(urls, index_dir)
+    if known.lacking:
+        _add_cached(known, _cached_index(known.lacking, settings, index_dir, world))
+    infos = [known.infos[url] for url in urls]
     if not sum(info.count for info in infos):
         raise DataError(f"Source `{settings.name}` holds no samples: {len(infos)} shard(s), all empty "
                         f"({infos[0].url}{' ...' if len(infos) > 1 else ''}).",
                         "check `shards`; a sample is a group of members such as 0001.jpg and 0001.cls")
     if world is None or world.rank == 0 or len(infos) <= MANY_SHARDS:
         check_sizes(infos).raise_if_any()
-    chosen = settings.label if "label" in settings.model_fields_set else label
-    return SourceIndex(settings.name, infos, chosen, classes)
+    label = settings.label if "label" in settings.model_fields_set else known.label
+    return SourceIndex(settings.name, infos, label, known.classes)
 
 
 # ------------------------------------------------------------------------------------------------------ finding one
 
 
-def _look_up(urls: list[str], settings: SourceSettings, index_dir: str | None,
-             world: World | None) -> tuple[list[ShardInfo], str, list[str] | None]:
-    """(shards in the order of `urls`, label rule, class names): beside the shards first, then in the cache."""
-    known: dict[str, ShardInfo] = {}
-    label, classes = "cls", None
-    lacking: list[str] = []
+@dataclass
+class Known:
+    """What indexes say of some shards."""
+
+    infos: dict[str, ShardInfo]
+    """By path or URL."""
+    lacking: list[str]
+    """Paths and URLs without an index."""
+    label: str = "cls"
+    classes: list[str] | None = None
+
+
+def known_shards(urls: Sequence[str], index_dir: str | None = None) -> Known:
+    """Looks for indexes beside the shards, then in the cache; builds none. Damaged or lacking entries are a `DataError`."""
+    known = Known({}, [])
     problems = Problems(DataError, "Shards do not agree with their index:")
     for folder, members in by_folder(urls).items():
         content = _read_bytes(beside(members[0], INDEX_NAME))
         if content is None:
-            lacking += members
+            known.lacking += members
             continue
         index = read_index_json(content)
         listed = {entry["name"]: entry for entry in index["shards"]}
-        label = index.get("label", "cls")
+        known.label = index.get("label", "cls")
         for url in members:
             entry = listed.get(base_name(url))
             if entry is None:
                 problems.add(f"{url} is not listed in {folder}/{INDEX_NAME}.", f"{index_command([folder])} --overwrite")
                 continue
-            known[url] = ShardInfo(entry["name"], url, int(entry["bytes"]), int(entry["samples"]),
-                                   beside(url, f"{entry['name']}.idx"), entry["idx_sha256"])
-        if classes is None:
-            classes = _read_classes(beside(members[0], "classes.json"))
+            known.infos[url] = _info(entry, url, beside(url, f"{entry['name']}.idx"))
+        if known.classes is None:
+            known.classes = _read_classes(beside(members[0], "classes.json"))
     problems.raise_if_any()
-    if lacking:
-        folder = _cached_index(lacking, settings, index_dir, world)
-        index = read_index_json(folder / INDEX_NAME)
-        label = index.get("label", "cls")
-        for url, entry in zip(lacking, index["shards"]):
-            known[url] = ShardInfo(entry["name"], url, int(entry["bytes"]), int(entry["samples"]),
-                                   str(folder / entry["idx"]), entry["idx_sha256"])
-    return [known[url] for url in urls], label, classes
+    if known.lacking and (folder := cached_folder(known.lacking, index_dir)).exists():
+        _add_cached(known, folder)
+    return known
+
+
+def _add_cached(known: Known, folder: Path) -> None:
+    index = read_index_json(folder / INDEX_NAME)
+    known.label = index.get("label", "cls")
+    for url, entry in zip(known.lacking, index["shards"]):
+        known.infos[url] = _info(entry, url, str(folder / entry["idx"]))
+    known.lacking = []
+
+
+def _info(entry: dict[str, Any], url: str, idx: str) -> ShardInfo:
+    return ShardInfo(entry["name"], url, int(entry["bytes"]), int(entry["samples"]), idx, entry["idx_sha256"])
 
 
 def _cached_index(urls: list[str], settings: SourceSettings, index_dir: str | None, world: World | None) -> Path:
     folder = cached_folder(urls, index_dir)
-    if folder.exists():
-        return folder
     remote = [url for url in urls if is_remote(url)]
     if remote:
         words = [settings.shards] if isinstance(settings.shards, str) else list(settings.shards)
@@ -269,8 +285,3 @@ def _read_classes(url: str) -> list[str] | None:
     if not isinstance(found, list) or not all(isinstance(name, str) for name in found):
         raise DataError(f"{url} must be a JSON list of class names by number.", "remove it, or write it again")
     return found
-
-
-def read_classes(path: Path) -> list[str] | None:
-    """Class names by number of the shards in a folder, when known."""
-    return _read_classes(str(path / "classes.json"))

@@ -181,7 +181,8 @@ def missing(urls: Iterable[str]) -> list[DataError]:
     return found
 
 
-def by_folder(urls: list[str]) -> dict[str, list[str]]:
+def by_folder(urls: Sequence[str]) -> dict[str, list[str]]:
+    """Paths and URLs grouped by the folder they lie in."""
     groups: dict[str, list[str]] = {}
     for url in urls:
         groups.setdefault(folder_of(url), []).append(url)

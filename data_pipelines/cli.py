@@ -1,0 +1,109 @@
+"""`tubelet data`: write, index, verify shards, and say what they hold."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tubelet.files import human_bytes
+
+app = typer.Typer(help="Write, index and verify WebDataset shards; say what they hold.", no_args_is_help=True,
+                  add_completion=False)
+
+Shards = Annotated[list[str], typer.Argument(help="Shards: x-{0000..0063}.tar, a folder, URLs, made-up:...; several joined")]
+IndexDir = Annotated[str | None, typer.Option(help="Folder for indexes that do not lie beside their shards")]
+Label = Annotated[str | None, typer.Option(help="Where the label is: cls, txt or json:path.to.field")]
+Processes = Annotated[int, typer.Option(help="Shards looked at side by side", min=1)]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there")]
+
+
+@app.command()
+def write(source: Annotated[str, typer.Argument(metavar="IN", help="A folder of class folders; a .csv, .tsv or .jsonl with "
+                            "path and label; an .npz with images and labels; made-up:fractals?n=2000&size=64&classes=10"
+                            "&seed=0, made-up:digits?split=train&size=32, made-up:photos?n=200&size=64&classes=10")],
+          out: Annotated[Path, typer.Argument(metavar="OUT", help="Folder of the shards; made, or empty")],
+          shard_size: Annotated[int, typer.Option(help="Samples per shard")] = 5000,
+          seed: Annotated[int, typer.Option(help="Of the permutation in which samples are packed", min=0)] = 0,
+          name: Annotated[str | None, typer.Option(help="Shards are NAME-00000.tar; default: OUT's name")] = None,
+          split: Annotated[str | None, typer.Option(help="Name of the split in _info.json")] = None,
+          overwrite: Overwrite = False) -> None:
+    """Write shards from pictures: permuted, indexed, the same bytes for the same input, whole or not at all."""
+    from data_pipelines.write import write_shards
+
+    split = split or ("test" if source.startswith("made-up:") and "split=test" in source else "train")
+    index = write_shards(source, out, shard_size=shard_size, seed=seed, name=name, split=split, overwrite=overwrite)
+    print(f"{out}: {index['num_samples']} samples in {len(index['shards'])} shard(s), {human_bytes(index['bytes'])}")
+
+
+@app.command("index")
+def index_command(shards: Shards, index_dir: IndexDir = None, label: Label = None, overwrite: Overwrite = False,
+                  split: Annotated[str, typer.Option(help="Name of the split in _info.json")] = "train",
+                  processes: Processes = 1) -> None:
+    """Index tars that somebody else wrote, from their headers; beside them, or in --index-dir (remote ones: there, or in
+    the user's cache)."""
+    from data_pipelines.indexing import build_index
+    from data_pipelines.shards import read_index_json
+
+    for path in build_index(shards, index_dir=index_dir, label=label or "cls", overwrite=overwrite, processes=processes,
+                            split=split):
+        index = read_index_json(path)
+        print(f"{path}: {index['num_samples']} samples in {len(index['shards'])} shard(s), {human_bytes(index['bytes'])}")
+
+
+@app.command()
+def verify(shards: Shards,
+           decode: Annotated[bool, typer.Option("--decode", help="Decode every picture too")] = False,
+           num_classes: Annotated[int, typer.Option(help="Class numbers must be below this; 0: as classes.json says",
+                                                    min=0)] = 0,
+           label: Label = None,
+           class_map: Annotated[str | None, typer.Option(help="JSON file {raw label: class number}")] = None,
+           index_dir: IndexDir = None, processes: Processes = 1) -> None:
+    """Check sizes, indexes, headers, labels (and pictures) of every sample; exit code 1 when anything is wrong."""
+    from data_pipelines import verify as room
+    from tubelet.console import print_table
+
+    report = room.verify(shards, index_dir=index_dir, label=label, class_map=class_map, num_classes=num_classes,
+                         decode=decode, processes=processes)
+    rows = room.summary(report)
+    print_table("Shards", ["shard", "samples", "bytes", "state"],
+                [(name, samples, human_bytes(nbytes), state) for name, samples, nbytes, state in rows])
+    for shard in report.shards:
+        for problem in shard.problems:
+            print(f"problem: {shard.url}: {problem}")
+        if shard.hidden:
+            print(f"problem: {shard.url}: ... and {shard.hidden} more")
+    for note in report.notes:
+        print(f"note: {note}")
+    total = sum(row[1] for row in rows)
+    classes = len({value for shard in report.shards for value in shard.labels})
+    if report.num_problems:
+        print(f"{report.num_problems} problem(s) in {total} samples of {len(rows)} shard(s)")
+        raise typer.Exit(1)
+    print(f"{total} samples of {classes} classes in {len(rows)} shard(s) are well"
+          + ("" if decode else "; pictures were not decoded (--decode)"))
+
+
+@app.command()
+def info(shards: Shards, index_dir: IndexDir = None) -> None:
+    """What shards hold: samples, bytes, classes, members, and the digest that a resume compares."""
+    from data_pipelines.index import open_source
+    from data_pipelines.order import PLAIN_LIMIT, default_window
+    from data_pipelines.settings import SourceSettings
+    from tubelet.console import print_table
+
+    source = open_source(SourceSettings(shards=shards), index_dir=index_dir)
+    first = next(number for number, count in enumerate(source.counts) if count)
+    members = source.sample(first, 0).members
+    classes = source.classes or []
+    shown = ", ".join(classes[:8]) + (" ..." if len(classes) > 8 else "")
+    order = ("one permutation per epoch" if len(source) <= PLAIN_LIMIT else
+             f"lanes, each shuffled in windows of {default_window(source.sample_bytes)} samples")
+    print_table("Source", ["what", "value"], [
+        ("shards", len(source.shards)), ("samples", len(source)), ("bytes", human_bytes(source.nbytes)),
+        ("samples per shard", f"{source.counts.min()} to {source.counts.max()}"),
+        ("bytes per sample", human_bytes(source.sample_bytes)),
+        ("members of the first sample", ", ".join(f"{kind} ({size} bytes)" for kind, (_, size) in members.items())),
+        ("label", source.label), ("classes", f"{len(classes)} ({shown})" if classes else "no classes.json"),
+        ("order", order), ("digest", source.digest())])
