@@ -304,16 +304,18 @@ def _check(sources: Sequence[OrderSource], seed: int, global_batch_size: int, la
             problems.add(f"`weight` of source `{source.name}` is {source.weight}, must be above 0.",
                          "remove a source that is not wanted")
     if not 0 <= seed < 2**64:
-        problems.add(f"`seed` is {seed}, must be in 0..2**64-1.", "seed=0")
+        problems.items.append(ConfigError(f"`seed` is {seed}, must be in 0..2**64-1.", "seed=0"))
     if global_batch_size % repeats:
-        problems.add(f"`global_batch_size` {global_batch_size} is not a multiple of `data.repeats` {repeats}.",
-                     f"global_batch_size={max(1, global_batch_size // repeats) * repeats}")
+        problems.items.append(ConfigError(
+            f"`global_batch_size` {global_batch_size} is not a multiple of `data.repeats` {repeats}.",
+            f"global_batch_size={max(1, global_batch_size // repeats) * repeats}"))
     elif lanes and lanes % (global_batch_size // repeats):
         step = global_batch_size // repeats
         near = sorted({max(1, lanes // step) * step, -(-lanes // step) * step})
         what = "`global_batch_size`" if repeats == 1 else "`global_batch_size` / `data.repeats`"
-        problems.add(f"`data.lanes` is {lanes}, must be a multiple of {what} {step}, or ranks would change lanes every "
-                     "batch.", f"data.lanes={' or '.join(map(str, near))}, or null for the default")
+        problems.items.append(ConfigError(
+            f"`data.lanes` is {lanes}, must be a multiple of {what} {step}, or ranks would change lanes every batch.",
+            f"data.lanes={' or '.join(map(str, near))}, or null for the default"))
     problems.raise_if_any()
 
 
