@@ -12,7 +12,7 @@ import tubelet.models
 from tubelet.errors import ConfigError
 from tubelet.models.build import build_meta, build_model, hub_config, model_cfg, set_picture_cfg
 from tubelet.models.cost import num_parameters
-from tubelet.models.names import entries, resolve_name
+from tubelet.models.names import SIZES, entries, resolve_name
 from tubelet.models.settings import ModelSettings
 from tubelet.models.vit import HEADS, init_weights
 
@@ -114,6 +114,14 @@ def test_our_plain_names_have_the_counts_of_the_size_formula():
         assert num_parameters(with_class_token) == encoder + 2 * width + 1000 * (width + 1)
         if f"{letter}/{patch}" in published_millions:
             assert abs(encoder / 1e6 - published_millions[f"{letter}/{patch}"]) < 0.1
+
+
+def test_the_size_table_is_timms_where_timm_has_the_size():
+    for letter, patch in [("Ti", 16), ("S", 16), ("B", 16), ("L", 16), ("H", 14), ("g", 14), ("G", 14)]:
+        size, model = SIZES[letter], build_meta(ModelSettings(name=f"{letter}/{patch}"))
+        block = model.blocks[0]
+        assert (size.width, size.depth, size.mlp, size.heads) == (
+            model.embed_dim, len(model.blocks), block.mlp.fc1.out_features, block.attn.num_heads), letter
 
 
 def test_initial_weights_are_the_papers():
