@@ -64,7 +64,7 @@ def test_files_are_what_the_manifest_says_and_any_safetensors_reader_opens_them(
         assert (folder / name).stat().st_mode & 0o777 == 0o640, "the umask decides who may read"
     assert (manifest["step"], manifest["samples"], manifest["world_size"], manifest["config"]) == (12, 96, 1, {"a": 1e-3})
     assert manifest["engine"] == {"kind": "zero", "stage": 1, "precision": "fp32"}
-    assert manifest["versions"]["torch"] == torch.__version__.split("+")[0] or manifest["versions"]["torch"] == torch.__version__
+    assert manifest["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert (tmp_path / "run" / "latest").read_text() == "step-00000012\n"
 
     flat = load_file(folder / "rank-00000.safetensors")  # the library's own reader
@@ -238,7 +238,8 @@ def test_the_command_line_tells_and_judges(tmp_path, capsys):
     (tmp_path / "step-00000003").mkdir()
     assert run_app(app, ["info", str(tmp_path)], "ckpt") == 0
     shown = capsys.readouterr().out
-    for part in ("step-00000002", "net", "AdamW", "exp_avg", "others in", "step-00000001", "unfinished saves: step-00000003"):
+    for part in ("step-00000002", "net", "AdamW", "exp_avg", "others in", "step-00000001",
+                 "unfinished saves: step-00000003"):
         assert part in shown, shown
     assert run_app(app, ["verify", str(tmp_path), "--all"], "ckpt") == 0
     flip(tmp_path / "step-00000001" / "rank-00000.safetensors")

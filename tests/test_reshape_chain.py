@@ -19,9 +19,10 @@ CHAIN = [  # engine, ranks, what else makes its layout special
 def build(world, device, kind, special, *, seed, precision="fp32", optimizer=None):
     from tubelet.engine.build import build_engine
 
-    zero = {"stage": int(kind[-1]), "config": {"zero_optimization": special} if special else None} if kind[:4] == "zero" else {}
+    chosen = {"engine": "plain"} if kind == "plain" else {
+        "engine": "zero", "zero": {"stage": int(kind[-1]), "config": {"zero_optimization": special} if special else None}}
     settings = EngineSettings(
-        global_batch_size=12, engine=kind[:4] if zero else kind, zero=zero, precision=precision, clip_grad=None,
+        **chosen, global_batch_size=12, precision=precision, clip_grad=None,
         optimizer={"name": "adamw", "lr": 1e-2, "weight_decay": 0.1, "head_weight_decay": 0.5, "frozen": [r"^stem\."],
                    **(optimizer or {})})
     return build_engine(Net(seed, norm="batch" if precision == "fp32" else "layer"), settings, world=world, device=device,
