@@ -169,7 +169,7 @@ def known_shards(urls: Sequence[str], index_dir: str | None = None) -> Known:
         if content is None:
             known.lacking += members
             continue
-        index = read_index_json(content)
+        index = read_index_json(content, beside(members[0], INDEX_NAME))
         listed = {entry["name"]: entry for entry in index["shards"]}
         known.label = index.get("label", "cls")
         for url in members:

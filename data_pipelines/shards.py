@@ -8,6 +8,7 @@ shards its `index.json` lists, in that order, or without one for its `*.tar` fil
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,7 +17,6 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from data_pipelines.once import cache_folder
-from tubelet import safe_io
 from tubelet.errors import DataError, Problems, nearest
 
 INDEX_NAME = "index.json"
@@ -145,17 +145,16 @@ def folder_shards(folder: str) -> list[str]:
     return [os.path.join(folder, name) for name in on_disk]
 
 
-def read_index_json(path: str | Path | bytes) -> dict[str, Any]:
-    """An index.json (its path, or its bytes), checked for shape. Raises `DataError` when it is not one of ours."""
-    import json
-
+def read_index_json(content: str | Path | bytes, name: str = "") -> dict[str, Any]:
+    """An index.json (its path, or its bytes and where they are from), checked. Raises `DataError` that names it."""
+    name = name or str(content)
     try:
-        data = json.loads(path) if isinstance(path, bytes) else safe_io.read_json(path)
+        data = json.loads(content if isinstance(content, bytes) else Path(content).read_bytes())
         if data["format"] != 1 or not all({"name", "bytes", "samples", "idx_sha256"} <= set(s) for s in data["shards"]):
             raise ValueError("unknown format")
-    except (ValueError, KeyError, TypeError) as error:
-        name = "index.json" if isinstance(path, bytes) else path
-        raise DataError(f"{name} is not an index of shards ({error}).", "`tubelet data index SHARDS --overwrite`") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{name} is not an index of shards ({error}).",
+                        f"`tubelet data index {name.rpartition('/')[0]} --overwrite`") from None
     return data
 
 
