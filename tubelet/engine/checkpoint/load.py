@@ -24,6 +24,10 @@ from tubelet.engine.protocol import Engine, Flat, Slot
 from tubelet.errors import CheckpointError
 
 
+# Hyper-parameters that settings of ours decide: what a job passes as `keep` when a changed setting is to take effect.
+FROM_SETTINGS = ("weight_decay", "lr_scale", "betas", "eps", "momentum")
+
+
 @dataclass
 class Restored:
     """What `restore` did, row by row: (component, "restored" | "missing" | "new", detail)."""
@@ -247,21 +251,24 @@ def _hyper_parameters(source: Source, engine: Engine, keep: set[str], restored: 
             members[flat.group].update(dict.fromkeys(slot.name for slot in slots))
     changed: dict[str, int] = {}
     mixed: dict[str, None] = {}
+    kept: dict[str, None] = {}
     for group, names in zip(engine.optimizer.param_groups, members):
         sources = [source.index.groups[number].hyper
                    for number in dict.fromkeys(saved_group[name] for name in names if name in saved_group)]
-        for key in [key for key in group if key not in RUNNING_KEYS and key not in keep]:
+        for key in [key for key in group if key not in RUNNING_KEYS]:
             found = [hyper[key] for hyper in sources if key in hyper]
             if not found:
                 continue
-            if any(value != found[0] for value in found):
+            if key in keep:
+                kept |= dict.fromkeys([key] if any(value != json_value(group[key]) for value in found) else [])
+            elif any(value != found[0] for value in found):
                 mixed[key] = None  # several saved groups became one: only the running settings can say
             elif found[0] != json_value(group[key]):
                 changed[key] = changed.get(key, 0) + (key != "lr")  # lr is set anew at every step
                 group[key] = tuple(found[0]) if isinstance(group[key], tuple) else found[0]
     said = [f"{key} of {count} group(s) over the setting of this job" for key, count in changed.items() if count]
     said += [f"{key} as set now (the checkpoint has several values for one group)" for key in mixed if key != "lr"]
-    said += [f"{', '.join(sorted(keep))} as set now"] if keep else []
+    said += [f"{', '.join(kept)} as set now, not as in the checkpoint"] if kept else []
     restored.add("hyper-parameters", "restored", "; ".join([f"{len(members)} group(s)", *said]))
 
 

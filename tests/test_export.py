@@ -1,0 +1,116 @@
+"""An export is what timm loads, and gives the checkpoint's own answers."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from checkpoint_parts import SplitEngine
+from safetensors.torch import load_file
+
+from tubelet import errors
+from tubelet.dist import World
+from tubelet.engine import checkpoint
+from tubelet.models.build import build_model, hub_config, model_cfg
+from tubelet.models.settings import ModelSettings
+
+X = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+MODELS = {
+    "vit": ModelSettings(name="vit_tiny_patch16_224", img_size=32, num_classes=5, mean=(0.1, 0.2, 0.3), crop_pct=0.77,
+                         kwargs={"embed_dim": 24, "num_heads": 2, "depth": 2, "class_token": False, "global_pool": "avg"}),
+    "batch norm": ModelSettings(name="resnet10t", img_size=32, num_classes=3),
+    "tokenlearner": ModelSettings(name="vit_base_patch16_tokenlearner8_224", img_size=32, num_classes=5,
+                                  kwargs={"embed_dim": 24, "num_heads": 2, "depth": 2}),
+}
+
+
+def trained(settings, run, *, with_hub_config=True):
+    model = build_model(settings, seed=3)
+    for part in model.modules():
+        if isinstance(part, torch.nn.BatchNorm2d):
+            part.running_mean.normal_(0, 0.1)
+    engine = SplitEngine(model, World(), groups=(("head", 1e-3), ("", 1e-3))).train_a_little(5)
+    ema = [flat.master * 0.9 for flat in engine.flats()]
+    extra = {"config": {"model": settings.model_dump(mode="json")}, "model_cfg": model_cfg(model), "state": {"seen": 640}}
+    if with_hub_config:
+        extra["hub_config"] = hub_config(model, settings)
+    return model.eval(), checkpoint.save(run, engine, step=10, ema=ema, extra=extra)
+
+
+@torch.no_grad()
+def logits(model):
+    return model.eval()(X)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_timm_loads_an_export_and_gives_equal_logits(tmp_path, one_thread, name):
+    settings = MODELS[name]
+    model, folder = trained(settings, tmp_path / "run")
+    out = checkpoint.export(folder, tmp_path / "out", which="weights")
+    loaded = timm.create_model(f"local-dir:{out}", pretrained=True)
+    assert (logits(loaded) == logits(model)).all()
+    for key, wanted in model_cfg(model).items():
+        if key in ("mean", "std", "crop_pct", "interpolation", "num_classes", "input_size"):
+            found = loaded.pretrained_cfg[key]
+            assert (list(found) if isinstance(found, (list, tuple)) else found) == wanted, key
+    another = timm.create_model(f"local-dir:{out}", pretrained=True, num_classes=7)  # as somebody fine-tunes it
+    assert logits(another).shape == (2, 7)
+    config = json.loads((out / "config.json").read_text())
+    assert config["num_features"] == model.num_features and config["architecture"] == model_cfg(model)["architecture"]
+    card = (out / "README.md").read_text()
+    assert "after 10 steps, 640 samples" in card and 'timm.create_model("local-dir:' in card
+
+
+def test_the_average_is_what_an_export_takes_unless_asked_otherwise(tmp_path, one_thread):
+    model, folder = trained(MODELS["vit"], tmp_path / "run", with_hub_config=False)  # from the settings alone
+    out = checkpoint.export(folder, tmp_path / "out")
+    found, plain = load_file(out / "model.safetensors"), model.state_dict()
+    assert list(plain) == list(json.loads((out / "model.safetensors").read_bytes()[8:].split(b"}}")[0] + b"}}"))[1:]
+    assert all(torch.equal(found[name], plain[name] * 0.9) for name in plain)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.mul_(0.9)
+    assert (logits(timm.create_model(f"local-dir:{out}", pretrained=True)) == logits(model)).all()
+
+
+def test_bf16_and_many_files_hold_the_same_numbers(tmp_path):
+    model, folder = trained(MODELS["batch norm"], tmp_path / "run")
+    state = model.state_dict()
+    out = checkpoint.export(folder, tmp_path / "out", which="weights", dtype="bf16")
+    found = load_file(out / "model.safetensors")
+    parameters = {name for name, _ in model.named_parameters()}
+    for name, value in state.items():
+        wanted = value.to(torch.bfloat16) if name in parameters else value  # statistics keep their digits
+        assert found[name].dtype == wanted.dtype and torch.equal(found[name], wanted), name
+
+    checkpoint.export(folder, out, which="weights", max_file_bytes=4_000_000)  # over the earlier one
+    files = sorted(path.name for path in out.glob("*.safetensors"))
+    assert len(files) > 3 and not (out / "model.safetensors").exists()
+    assert files[0] == f"model-00001-of-{len(files):05d}.safetensors"
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    joined = {}
+    for file in files:
+        assert (out / file).stat().st_size < 4_100_000 or len(load_file(out / file)) == 1
+        part = load_file(out / file)
+        assert all(index["weight_map"][name] == file for name in part)
+        joined |= part
+    assert joined.keys() == state.keys() and all(torch.equal(joined[name], state[name]) for name in state)
+    assert index["metadata"]["total_size"] == sum(value.numel() * value.element_size() for value in state.values())
+
+    from tubelet.models.weights import read_weights  # what fine-tuning reads
+
+    again, _ = read_weights(str(out))
+    assert all(np.array_equal(again[name], state[name]) for name in state)
+
+
+def test_what_cannot_be_exported_is_said(tmp_path):
+    _, folder = trained(MODELS["vit"], tmp_path / "run")
+    with pytest.raises(errors.CheckpointError, match="fp32 or bf16"):
+        checkpoint.export(folder, tmp_path / "out", dtype="fp16")
+    data = bytearray((folder / "rank-00000.safetensors").read_bytes())
+    data[-1] ^= 1
+    (folder / "rank-00000.safetensors").write_bytes(data)
+    with pytest.raises(errors.CheckpointError, match="so it is not exported: rank-00000.safetensors is damaged"):
+        checkpoint.export(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
