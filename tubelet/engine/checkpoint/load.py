@@ -23,7 +23,6 @@ from tubelet.engine.checkpoint.save import RUNNING_KEYS, buffers, json_value
 from tubelet.engine.protocol import Engine, Flat, Slot
 from tubelet.errors import CheckpointError
 
-
 # Hyper-parameters that settings of ours decide: what a job passes as `keep` when a changed setting is to take effect.
 FROM_SETTINGS = ("weight_decay", "lr_scale", "betas", "eps", "momentum")
 
