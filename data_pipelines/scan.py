@@ -18,9 +18,9 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from data_pipelines.shards import base_name, is_remote
+from data_pipelines.shards import is_remote
 from tubelet import safe_io
-from tubelet.errors import DataError
+from tubelet.errors import DataError, TubeletError
 
 _NAME = re.compile(r"^((?:.*/|)[^./][^/.]*)[.]([^/]+)$")  # WebDataset's rule, which also skips hidden files
 _META = re.compile(r"__[^/]*__($|/)")
@@ -202,10 +202,10 @@ def idx_bytes(table: ShardTable) -> bytes:
 
 def read_idx(content: bytes, name: str | Path) -> ShardTable:
     """The table in the bytes of an .idx file. Raises `DataError` when it is not one."""
-    arrays = safe_io.read_npz(content)
     try:
+        arrays = safe_io.read_npz(content)
         text = arrays.pop("vocabulary").tobytes().decode("utf-8", "surrogateescape")
         return ShardTable(**arrays, vocabulary=text.split("\n") if text else [])
-    except (KeyError, TypeError):
-        raise DataError(f"{base_name(str(name))} is not an index of a shard.",
+    except (TubeletError, KeyError, TypeError) as error:
+        raise DataError(f"{name} is not the index of a shard ({getattr(error, 'problem', error)}).",
                         "`tubelet data index SHARDS --overwrite`") from None
