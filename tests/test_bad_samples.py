@@ -169,8 +169,8 @@ def _train(world, device, folders, ledger):
         counted.append(loader.audit((step + 1) * G)["data/bad_samples"])
     for _ in range(3):
         next(batches)  # prefetched and never consumed: must not count
+    next(loader.batches(3 * G))
     loader.close()
-    loader.set_ledger(ledger, seen=3 * G)
     restarted = loader.audit(3 * G)
     loader.settings.max_bad_fraction = 0.1
     loader.set_ledger(ledger, seen=3 * G)
