@@ -8,7 +8,7 @@ import tarfile
 import time
 
 import pytest
-from programs import kill, recipe, rows, run, start, wait_for, workers_gone
+from programs import kill, recipe, rows, run, start, wait_for
 
 from tubelet import dist
 
@@ -24,8 +24,11 @@ def program(capsys):
     import importlib
 
     def call(name, config, *words):
+        before = dict(os.environ)
         code = importlib.import_module(f"{name}.__main__").main([str(config), "data.workers=0", *map(str, words)])
         dist.stop()
+        os.environ.clear()
+        os.environ.update(before)
         captured = capsys.readouterr()
         return code, captured.out + captured.err
 
@@ -154,7 +157,7 @@ def test_a_full_disk_while_saving_stops_all_ranks_and_keeps_what_was_saved(tmp_p
         assert output.count("error: ") == 1
         saved = sorted((disk / "r").glob("step-*/manifest.json"))
         assert saved
-        listed = run("tubelet.cli", "ckpt", "verify", str(disk / "r"))
+        listed = run("tubelet.cli", "ckpt", "verify", disk / "r")
         assert saved[-1].parent.name in listed
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -178,4 +181,3 @@ def test_two_jobs_on_one_run_folder(tmp_path, program, shards):
         assert "finished" in ends
     finally:
         kill(first)
-        workers_gone(folder)

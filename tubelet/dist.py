@@ -225,11 +225,14 @@ def together(action: Callable[[], T]) -> T:
     failed = [(rank, item) for rank, item in enumerate(everyone) if item is not None]
     if not failed:
         return result
-    if error is not None and (len(failed) == len(everyone) or failed[0][1] == said):
-        raise error
     rank, item = failed[0]
     assert item is not None
     kind, problem, hint = item
-    if isinstance(kind, type) and issubclass(kind, TubeletError):
-        raise kind(problem if rank == 0 else f"Rank {rank}: {problem}", hint)
-    raise RuntimeError(f"Rank {rank} failed with {kind.__name__}: {problem}")
+    if error is None or said != item:
+        if issubclass(kind, TubeletError):
+            error = kind(problem if rank == 0 else f"Rank {rank}: {problem}", hint)
+        else:
+            error = RuntimeError(f"Rank {rank} failed with {kind.__name__}: {problem}")
+    if isinstance(error, TubeletError):
+        error.everywhere = True
+    raise error

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from tubelet import dist, files
 from tubelet.config import Loaded
-from tubelet.errors import EXIT_ERROR, EXIT_PREEMPTED, EXIT_SUPERSEDED, TubeletError
+from tubelet.errors import EXIT_ERROR, TubeletError
 from tubelet.program.settings import P, help_text, load_command, parse_command
 
 EXIT_DIR = "TUBELET_EXIT_DIR"
@@ -28,6 +28,7 @@ def run_program(name: str, what: str, cls: type[P], train: Callable[[Loaded[P], 
     """Parse, check, train, report. Returns the exit code of this process."""
     rank = int(next((os.environ[key] for key in dist._RANK if os.environ.get(key, "").isdigit()), 0))
     folder: Path | None = None
+    everywhere = False
     try:
         world = dist.resolve()
         _meet_launcher(world)
@@ -44,7 +45,8 @@ def run_program(name: str, what: str, cls: type[P], train: Callable[[Loaded[P], 
         code = 0
     except Exception as error:
         code = getattr(error, "code", None) or report(error, rank, folder)
-    return _leave(rank, code)
+        everywhere = hasattr(error, "code") or getattr(error, "everywhere", False)
+    return _leave(rank, code, everywhere)
 
 
 def report(error: Exception, rank: int, folder: Path | None) -> int:
@@ -75,12 +77,13 @@ def _meet_launcher(world: dist.World) -> None:
         Path(folder, f"rank-{world.rank}.pid").write_text(str(os.getpid()))
 
 
-def _leave(rank: int, code: int) -> int:
-    """Hand the exit code to `launch local`; torchrun itself would turn every non-zero code into 1 and a traceback."""
+def _leave(rank: int, code: int, everywhere: bool) -> int:
+    """Hand the exit code to `launch local`. torchrun would turn a non-zero code into 1 and a page of its own; it needs to
+    hear of one only to end the other ranks, so not when all leave together."""
     folder = os.environ.get(EXIT_DIR)
     if folder:
         Path(folder, f"rank-{rank}.code").write_text(str(code))
-        if code in (EXIT_PREEMPTED, EXIT_SUPERSEDED, 130):
+        if everywhere:
             return 0
     return code
 

@@ -84,6 +84,9 @@ def describe(name: str, which: str = "auto") -> Found:
         return Found(ModelSettings(**config["model"]), dict(assemble(folder, which=which)), manifest["model_cfg"],
                      f"{kind} of {folder.name}", config["data"]["augment"], config["objective"])
     state, cfg = read_weights(name)
+    if "architecture" not in cfg:
+        raise CheckpointError(f"{name} has no config.json beside it, so its model is not known.",
+                              "a folder written by `tubelet ckpt export`, or fine-tune from it with a config of its own")
     arguments = dict(cfg.get("model_args") or {})
     picture = {**cfg, **(cfg.get("pretrained_cfg") or {})}
     size = arguments.pop("img_size", None) or picture["input_size"][-2:]
