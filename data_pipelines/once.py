@@ -57,10 +57,24 @@ def build_once(folder: Path, build: Callable[[Path], object], patience: float = 
                 return folder
         elif seen != watched:
             watched, changed = seen, now
-        elif now - changed > STALE_SECONDS:  # its owner is dead; at worst two build, and the second rename is dropped
-            lock.unlink(missing_ok=True)
+        elif now - changed > STALE_SECONDS or _dead_here(seen[0]):
+            lock.unlink(missing_ok=True)  # at worst two build, and the second rename is dropped
         time.sleep(0.05 if now - changed < 5 else 0.5)
     return folder
+
+
+def _dead_here(token: str) -> bool:
+    """True when the lock's owner was a process of this host that is gone: a killed job must not cost a minute."""
+    host, pid, *_ = [*token.split(), "", ""]
+    if host != socket.gethostname() or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _look(lock: Path) -> tuple[str, float] | None:

@@ -6,6 +6,8 @@ import os
 import re
 import shlex
 import shutil
+import socket
+import subprocess
 import tarfile
 import threading
 import time
@@ -140,6 +142,14 @@ def test_many_processes_build_once_and_a_dead_builder_is_replaced(tmp_path, monk
     for thread in threads:
         thread.join(30)
     assert len(built) == 2 and len(failures) == 1 and os.listdir(tmp_path / "deep") == ["thing"]
+    monkeypatch.setattr(once, "STALE_SECONDS", 1000)  # a builder of this host that was killed costs no waiting at all
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    (tmp_path / "deep" / "next.lock").write_text(f"{socket.gethostname()} {gone.pid} 2")
+    target = tmp_path / "deep" / "next"
+    begun = time.monotonic()
+    ask()
+    assert target.exists() and len(failures) == 1 and time.monotonic() - begun < 20
 
 
 def test_shard_names_expand_in_order(tmp_path, monkeypatch):
