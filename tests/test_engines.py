@@ -1,6 +1,7 @@
 """One suite for both engines: against a hand-written loop, against themselves, and when something goes wrong."""
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -36,8 +37,8 @@ def tiny(num_classes=5):
     from timm.models.vision_transformer import VisionTransformer
 
     torch.manual_seed(SEED)
-    return VisionTransformer(img_size=16, patch_size=4, embed_dim=24, depth=2, num_heads=2, num_classes=num_classes,
-                             drop_path_rate=0.2)
+    return VisionTransformer(img_size=16, patch_size=4, embed_dim=25, depth=2, num_heads=1, num_classes=num_classes,
+                             drop_path_rate=0.2)  # odd sizes: pieces are padded at any number of ranks
 
 
 def micro_batch(step, number):
@@ -165,14 +166,17 @@ def train_all(world, device, plan):
         assert len(set(map(tuple, dist.gather(norms)))) == 1, "ranks disagree about the gradient norm"
         results[engine_name, optimizer["name"], precision] = total, norms, weights(engine)
         engine.close()
-        if world.size == 1:  # a program that leaves its process group and joins another one goes on as if new
+        if len(results) == 1:  # a program that leaves its process group and joins another one goes on as if new
+            port = dist.broadcast(dist.free_port())
             dist.stop()
-            dist.start(World())
+            device = dist.start(dataclasses.replace(world, port=port))
     return results
 
 
-PLAN = [*((engine, ADAMW, 50, "fp32") for engine in ENGINES), ("zero1", ADAMW, 50, "bf16"), ("zero3", ADAMW, 50, "amp"),
-        *((engine, optimizer, 20, "fp32") for engine in ("zero1", "plain") for optimizer in (SGD, LION))]
+PLAN = [*((engine, ADAMW, 50, "fp32") for engine in ("zero1", "zero2", "zero3", "plain")),
+        ("zero1", ADAMW, 50, "bf16"), ("zero3", ADAMW, 50, "amp"),
+        *((engine, SGD, 20, "fp32") for engine in ("zero1", "plain", "zero2 aligned", "zero3 split")),
+        *((engine, LION, 20, "fp32") for engine in ("zero1", "plain"))]
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
@@ -194,7 +198,7 @@ def test_training_equals_a_hand_written_loop(ranks, one_thread):
         for name, value in found.items():
             difference = np.abs(value - expected_weights[name])
             if name.endswith("qkv.bias"):
-                difference[24:48] = 0  # the keys' bias: its gradient is zero in exact arithmetic, noise here
+                difference[25:50] = 0  # the keys' bias: its gradient is zero in exact arithmetic, noise here
             if optimizer == "lion":  # its sign may turn the rounding of a tiny gradient into a whole step
                 assert np.mean(difference > 1e-5) < 1e-3, f"{case} {name}"
             else:
@@ -251,11 +255,11 @@ def working_weights(engine):
     return found
 
 
-def shards_hold_together(world, device):
+def shards_hold_together(world, device, names):
     from tubelet import dist
     from tubelet.engine.ema import ShardedEma
 
-    for engine_name in ENGINES:
+    for engine_name in names:
         engine = build(engine_name, world, device, global_batch_size=2 * M * world.size)
         flats, layouts, shapes = engine.flats(), engine.layouts(), engine.shapes()
 
@@ -268,7 +272,7 @@ def shards_hold_together(world, device):
                 covered[slot.name][slot.start : slot.start + slot.length] += 1
         copies = world.size if engine.replicated else 1
         assert all((count == copies).all() for count in covered.values()), engine_name
-        assert "patch_embed.proj.weight" not in shapes and shapes["pos_embed"] == (1, 17, 24), engine_name
+        assert "patch_embed.proj.weight" not in shapes and shapes["pos_embed"] == (1, 17, 25), engine_name
         for flat in flats:
             assert flat.master.data_ptr() == flat.key.data_ptr() and flat.master.dtype == torch.float32
             group = engine.optimizer.param_groups[flat.group]
@@ -325,12 +329,12 @@ def shards_hold_together(world, device):
 
 
 def test_slots_averages_and_state_written_in_place(one_thread):
-    run_ranks(shards_hold_together, 2)
+    run_ranks(shards_hold_together, 2, list(ENGINES))
 
 
 def test_three_ranks_cover_every_element_once(one_thread):
     """Sizes that no number of ranks divides: padding, and ranks that own nothing of a small group."""
-    run_ranks(shards_hold_together, 3)
+    run_ranks(shards_hold_together, 3, ["zero1", "zero3 split"])
 
 
 # ------------------------------------------------------------------------------------------ low precision, BatchNorm
