@@ -48,6 +48,12 @@ def cut(path, share=0.6):
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
 
 
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 def reseal(folder, **changes):
     """A manifest that agrees with the files as they are now, and with itself."""
     import hashlib
@@ -76,6 +82,7 @@ DAMAGES = {  # name: (what is done to the newest checkpoint, a word of the sente
        for place in (0.1, 0.5, 0.9)},
     **{f"cut {name}": (lambda f, name=name: cut(f / name), name) for name in (*BINARY, "index.json", "manifest.json")},
     **{f"no {name}": (lambda f, name=name: os.remove(f / name), name) for name in (*BINARY, "index.json", "manifest.json")},
+    "number": (lambda f: edit(f / "manifest.json", '"seen": 3', '"seen": 8'), "own SHA-256"),
     "empty": (lambda f: [os.remove(path) for path in f.iterdir()], "did not finish"),
     "folder for file": (lambda f: (os.remove(f / RANK_FILES[1]), os.mkdir(f / RANK_FILES[1])), "rank-00001"),
     "format": (lambda f: reseal(f, format=99), "has format 99"),

@@ -202,13 +202,16 @@ def remove(folder: Path) -> None:
         os.replace(folder / MANIFEST, folder / f"{MANIFEST}.removed")
         files.fsync_dir(folder)
     faults.point("prune.manifest")
-    for path in sorted(folder.iterdir()):
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-        faults.point("prune.files")
-    folder.rmdir()
+    try:
+        for path in sorted(folder.iterdir()):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+            faults.point("prune.files")
+        folder.rmdir()
+    except OSError:
+        pass  # a file that somebody still reads over NFS; it is no checkpoint any more, and the next pruning tries again
 
 
 def make_room(run: Path, folder: Path) -> None:
@@ -219,7 +222,7 @@ def make_room(run: Path, folder: Path) -> None:
         os.rename(folder, _aside(folder))
     elif folder.exists():
         remove(folder)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     files.fsync_dir(run)
 
 
