@@ -50,7 +50,7 @@ def decode_image(data: bytes, *, decoder: str = "torchvision", exif: bool = Fals
             return _decode_pil(data, exif, max_pixels)
         height, width, channels = jpeg_header(data)
         _check_size(height, width, max_pixels)
-        if channels == 4:  # CMYK, YCCK: of our decoders only PIL converts as the files are meant (inverted by Adobe)
+        if channels == 4:  # CMYK, YCCK: simplejpeg cannot, and one conversion for all decoders is better than three
             return _decode_pil(data, exif, max_pixels)
         image = _decode_simplejpeg(data) if decoder == "simplejpeg" else _decode_torchvision(data)
         return orient(image, _exif_orientation(data)) if exif else image

@@ -67,6 +67,8 @@ def test_every_kind_of_picture_becomes_rgb(decoder):
     assert (decode(encode(palette, "GIF", save_all=True, append_images=[second])) == colours).all()  # first frame
     inks = Image.fromarray(image).convert("CMYK")
     assert abs(decode(encode(inks)) - image).mean() < 4
+    theirs = Image.open(io.BytesIO(encode(inks))).convert("RGB")
+    assert (decode(encode(inks)) == np.array(theirs)).all()
 
 
 def test_the_type_is_read_from_the_bytes_and_the_header_before_the_pixels():
@@ -139,6 +141,8 @@ def test_an_absent_decoder_is_an_error_that_names_the_setting(monkeypatch):
     monkeypatch.setitem(sys.modules, "simplejpeg", fake)
     require_decoder("simplejpeg")
     assert (decode_image(encode(picture()), decoder="simplejpeg") == picture()).all()
+    inks = encode(Image.fromarray(picture()).convert("CMYK"))
+    assert (decode_image(inks, decoder="simplejpeg") == decode_image(inks, decoder="pil")).all()  # it cannot do these
     assert called == [{"colorspace": "RGB", "strict": True}]
     version = decoder_version(DataSettings(train="x.tar", decoder="pil"))  # type: ignore[arg-type]
     assert version.startswith("pil ") and version[4].isdigit()
