@@ -255,6 +255,14 @@ def working_weights(engine):
     return found
 
 
+def evaluate(engine, pixels):
+    engine.eval()
+    with torch.no_grad():
+        answer = engine.model(pixels)
+    engine.train()
+    return answer
+
+
 def shards_hold_together(world, device, names):
     from tubelet import dist
     from tubelet.engine.ema import ShardedEma
@@ -278,7 +286,9 @@ def shards_hold_together(world, device, names):
             group = engine.optimizer.param_groups[flat.group]
             assert {slot.name for slot in flat.slots} <= set(group["param_names"]), engine_name
 
-        # training state written back in place continues bit for bit; the average follows a float64 reference
+        # the average follows a float64 reference
+        pixels, _ = micro_batch(99, 0)
+        evaluate(engine, pixels)  # as the trainer does before its first step
         ema = ShardedEma(engine, 0.8)
         reference = {name: value.astype(np.float64) for name, value in weights(engine).items()}
         for step in range(2):
@@ -288,24 +298,27 @@ def shards_hold_together(world, device, names):
                 reference[name] = 0.8 * reference[name] + 0.2 * value
         masters = [flat.master.clone() for flat in flats]
         states = [copy.deepcopy(engine.optimizer.state[flat.key]) for flat in flats]
-        first = [one_step(engine, step, 3e-3) for step in (2, 3)]
+        straight = [one_step(engine, step, 3e-3) for step in (2, 3)]
+
+        # training state written back in place: the same bits, before and after an evaluation of the average
         engine.begin_load()
         for flat, master, state in zip(flats, masters, states):
             flat.master.copy_(master)
             engine.optimizer.state[flat.key] = state
         engine.refresh()
-        assert [one_step(engine, step, 3e-3) for step in (2, 3)] == first, engine_name
-
-        # swapping the average in and out: exact both ways
         before, working = snapshot(engine), working_weights(engine)
         with ema.swapped():
-            averaged, averaged_working = weights(engine), working_weights(engine)
+            averaged, averaged_working, answer = weights(engine), working_weights(engine), evaluate(engine, pixels)
         assert same(before, snapshot(engine)), engine_name
         assert all(torch.equal(working[name], value) for name, value in working_weights(engine).items()), engine_name
+        assert [one_step(engine, step, 3e-3) for step in (2, 3)] == straight, engine_name
         if world.rank == 0:
             for name, value in averaged.items():
                 np.testing.assert_allclose(value, reference[name], rtol=2e-6, atol=1e-7, err_msg=f"{engine_name} {name}")
                 assert np.array_equal(value, averaged_working[name].numpy()), f"{engine_name} {name}"
+            bare = tiny().eval()
+            bare.load_state_dict({name: torch.from_numpy(value) for name, value in averaged.items()})
+            torch.testing.assert_close(answer, bare(pixels).detach(), rtol=1e-6, atol=1e-6)
 
         # a pattern written through slots arrives in the working weights, and frozen parameters come back
         frozen = engine.frozen()

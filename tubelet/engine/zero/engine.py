@@ -38,7 +38,6 @@ class ZeroEngine:
                  micro_batch_size: int, accumulation: int):
         self.module, self.world, self.device, self.accumulation = module, world, device, accumulation
         self.stage, self.precision = settings.zero.stage, check_precision(module, settings, device)
-        module.to(device)
         groups = parameter_groups(module, settings.optimizer)
         trained = [param for group in groups for param in group["params"]]
         self._shapes = {name: tuple(param.shape) for group in groups
@@ -47,6 +46,7 @@ class ZeroEngine:
                         accumulation=accumulation, numel=sum(param.numel() for param in trained))
         optimizer = build_optimizer(groups, settings.optimizer, device)
         names = {param: name for name, param in module.named_parameters()}
+        # DeepSpeed casts the parameters and then moves them: these stay where the module was built, until `widen`.
         originals = {names[param]: param.data for param in trained} if self.precision == "bf16" else {}
         self.deepspeed = _initialize(module, optimizer, config)
         self.model = self.deepspeed
