@@ -137,7 +137,7 @@ def test_a_checkpoint_of_another_model_is_refused_with_every_difference_and_chan
 def test_the_table_says_what_was_restored_missing_and_new(tmp_path, capsys):
     written = engine(seed=1, frozen=["stem"]).train_a_little(2)
     folder = checkpoint.save(tmp_path, written, step=5, ema=averages(written, 1), extra={"state": {"seen": 40}})
-    other = engine(seed=2, frozen=["head"])  # what was frozen is trained now, and the other way round
+    other = engine(seed=2, frozen=["head"]).train_a_little(7)  # what was frozen is trained now, and the other way round
     restored = checkpoint.restore(folder, other, None)
     loaded, saved = other.module.state_dict(), written.module.state_dict()
     assert all(torch.equal(loaded[name], saved[name]) for name in saved)
@@ -170,6 +170,7 @@ def test_an_attempt_that_was_superseded_publishes_nothing_and_touches_nothing(tm
         save_steps(tmp_path, 2, before_commit=superseded)
     assert calls[0] == [] and "manifest.json.tmp" in calls[1], "asked before the first file and right before the commit"
     assert names(tmp_path) == ["step-00000001"] and (tmp_path / "latest").read_text() == "step-00000001\n"
+    assert "rank-00000.safetensors" in os.listdir(tmp_path / "step-00000002"), "these may be the newer attempt's files"
     with pytest.raises(ValueError, match="our own mistake"):
         save_steps(tmp_path, 3, before_commit=lambda: (_ for _ in ()).throw(ValueError("our own mistake")))
     assert not (tmp_path / "step-00000003").exists(), "another failure leaves nothing half written"
@@ -247,6 +248,9 @@ def test_the_command_line_tells_and_judges(tmp_path, capsys):
     assert run_app(app, ["verify", str(tmp_path), "--all", "--quick"], "ckpt") == 0  # sizes still agree
     assert run_app(app, ["verify", str(tmp_path), "--all"], "ckpt") == 1
     assert "rank-00000.safetensors is damaged" in capsys.readouterr().out
+    os.truncate(tmp_path / "step-00000001" / "rank-00000.safetensors", 100)
+    assert run_app(app, ["verify", str(tmp_path), "--all", "--quick"], "ckpt") == 1
+    assert "has 100 bytes, the manifest says" in capsys.readouterr().out
     assert run_app(app, ["info", str(tmp_path / "nothing")], "ckpt") == 1
     assert run_app(app, ["export", str(tmp_path), str(tmp_path / "out"), "--to", "deepspeed"], "ckpt") == 1
     assert run_app(app, ["export", str(tmp_path / "step-00000001"), str(tmp_path / "out")], "ckpt") == 1

@@ -114,7 +114,7 @@ def optimizers(world, device, run):
     found = []
     kinds = [("zero1", {}), ("zero3", {"sub_group_size": 40}), ("plain", {})]
     for name, extra in (("adamw", {}), ("sgd", {"momentum": 0.9, "weight_decay": 0.0}), ("lion", {})):
-        wrote = build(world, device, *kinds[0], seed=1, optimizer={"name": name, **extra})
+        wrote = build(world, device, *kinds[0], seed=1, optimizer={"name": name, "frozen": [], **extra})
         ema = [flat.master.clone() for flat in wrote.flats()]
         train(wrote, ema, 1, same_batch=True)
         folder = checkpoint.save(run / name, wrote, step=1, ema=ema, extra={})
@@ -122,7 +122,7 @@ def optimizers(world, device, run):
         expected = picture(wrote, ema)
         wrote.close()
         for kind, special in kinds:
-            engine = build(world, device, kind, special, seed=9, optimizer={"name": name, **extra})
+            engine = build(world, device, kind, special, seed=9, optimizer={"name": name, "frozen": [], **extra})
             ema = [flat.master.clone() for flat in engine.flats()]
             checkpoint.restore(folder, engine, ema)
             train(engine, ema, 2, same_batch=True)
