@@ -200,7 +200,7 @@ def _rand_augment(settings: AugmentSettings, size: tuple[int, int], fill: tuple[
     hints = {"translate_const": int(min(size) * 0.45), "img_mean": fill,
              "interpolation": filters[settings.interpolation]}
     try:
-        return rand_augment_transform(settings.rand_augment, hints)
+        return rand_augment_transform(settings.rand_augment or "", hints)
     except (AssertionError, ValueError, KeyError, IndexError) as error:
         raise ConfigError(f"`data.augment.rand_augment` is {settings.rand_augment!r}, which timm does not understand "
                           f"({type(error).__name__} {error}).", "rand-m9-mstd0.5-inc1") from None

@@ -107,6 +107,7 @@ def _decode_torchvision(data: bytes) -> np.ndarray:
     from torchvision.io import ImageReadMode, decode_jpeg
 
     pixels = decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8), mode=ImageReadMode.RGB)  # [3, H, W]
+    assert isinstance(pixels, torch.Tensor)  # a list only for a list of pictures
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # decoded as [H, W, 3]: no copy
 
 

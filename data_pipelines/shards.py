@@ -106,7 +106,7 @@ def _expand_one(word: str) -> list[str]:
 def _braces(word: str) -> list[str]:
     if "{" not in word and "}" not in word:
         return [word]
-    from braceexpand import UnbalancedBracesError, braceexpand
+    from braceexpand import UnbalancedBracesError, braceexpand  # type: ignore[attr-defined]
 
     try:
         return list(braceexpand(word))

@@ -68,7 +68,7 @@ def write_shards(source: str, out: str | Path, *, shard_size: int = 5000, seed: 
 def write_into(folder: Path, pictures: PictureSet, *, name: str, shard_size: int, seed: int,
                split: str = "train") -> dict[str, Any]:
     """Shards `name-00000.tar` ... and their index into an existing folder; returns index.json."""
-    import webdataset as wds
+    from webdataset.writer import TarWriter
 
     total = len(pictures.labels)
     if not total:
@@ -81,7 +81,7 @@ def write_into(folder: Path, pictures: PictureSet, *, name: str, shard_size: int
         path = folder / f"{stem}-{shard:05d}.tar"
         urls.append(str(path))
         with open(path, "wb") as file:
-            with wds.TarWriter(file, encoder=False, mtime=0, user="tubelet", group="tubelet", compress=False) as tar:
+            with TarWriter(file, encoder=False, mtime=0, user="tubelet", group="tubelet", compress=False) as tar:
                 for _ in range(min(shard_size, total - shard * shard_size)):
                     tar.write(next(samples))
             file.flush()

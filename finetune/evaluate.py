@@ -55,7 +55,9 @@ def evaluate(
     from tubelet.objectives.settings import ObjectiveSettings
     from tubelet.program.weights import describe
 
-    found = describe(weights, which)
+    if which not in ("auto", "weights", "ema"):
+        raise ConfigError(f"--which is {which!r}.", "auto, weights or ema")
+    found = describe(weights, which)  # type: ignore[arg-type]
     settings = found.model.model_copy(update={"img_size": img_size} if img_size else {})
     model = build_model(settings, seed=0)
     load_weights(model, found.state, source=found.cfg, head="keep")

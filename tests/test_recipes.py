@@ -58,7 +58,8 @@ def test_every_recipe_trains_saves_and_evaluates_with_tiny(tmp_path):
         folder = tmp_path / f"{_name(config)}-tiny"
         losses = [row["train/loss"] for row in rows(folder / "metrics.jsonl") if "train/loss" in row]
         assert len(losses) == 6 and all(0 < loss < 1e3 for loss in losses), (config, losses)
-        assert [path.parent.name for path in sorted(folder.glob("step-*/manifest.json"))] == ["step-00000003", "step-00000006"]
+        saved = [path.parent.name for path in sorted(folder.glob("step-*/manifest.json"))]
+        assert saved == ["step-00000003", "step-00000006"]
 
 
 def _name(config: Path) -> str:

@@ -1,5 +1,6 @@
 """The promise of the project: killed anywhere, resumed on any number of processes, the same samples and the same run."""
 
+import os
 import random
 import signal
 
@@ -60,8 +61,6 @@ def test_a_preempted_group_saves_at_a_step_boundary_leaves_with_85_and_goes_on(t
     config, folder = recipe(tmp_path, 400, 200)
     process = start("pretrain", config, "ema=null", nproc=2)
     wait_for(lambda: any(row["step"] >= 3 for row in rows(folder / "metrics.jsonl")), process)
-    import os
-
     os.killpg(process.pid, number)
     os.killpg(process.pid, number)  # schedulers send it more than once
     output, _ = process.communicate(timeout=90)
@@ -94,12 +93,14 @@ def test_twenty_kills_at_random_moments_and_inside_saves_lose_nothing(tmp_path):
         done = max((row["step"] for row in rows(folder / "metrics.jsonl")), default=0)
         target = done + dice.randint(1, save_every + 1)
 
-        def reached(target=target, before=before, env=env):
+        def reached(process=process, target=target, before=before, env=env):
+            if process.poll() is not None:
+                return True
             if env:
                 return log.exists() and log.read_text().count("\n") > before
             return any(row["step"] >= target for row in rows(folder / "metrics.jsonl"))
 
-        wait_for(lambda: process.poll() is not None or reached(), process)
+        wait_for(reached, process)
         inside_saves += bool(env) and process.poll() is None
         kill(process)
         output = process.stdout.read()

@@ -32,7 +32,8 @@ class Numbers:
             if self.fail_at is not None and x >= self.fail_at:
                 raise DataError("https://host/shard.tar did not answer for 300 s.", "check the server")
             ids = torch.arange(x, x + 2)
-            yield {"ids": ids, "pixels": (ids % 256).to(torch.uint8)[:, None, None, None].expand(2, 3, 4, 4), "labels": ids % 3}
+            pixels = (ids % 256).to(torch.uint8)[:, None, None, None].expand(2, 3, 4, 4)
+            yield {"ids": ids, "pixels": pixels, "labels": ids % 3}
 
     def consume(self, batch):
         self.consumed += batch["ids"].tolist()
@@ -67,8 +68,8 @@ def trainer(tmp_path, one_thread):
     number = itertools.count()
 
     def make(name="r", *, loader=None, objective=None, beginning=None, **changes):
-        settings = EngineSettings(global_batch_size=G, optimizer={"lr": 0.1, "name": "sgd"}, engine="plain", precision="fp32",
-                                  ema={"decay": 0.5}, log_every=1, total_steps=6, save_every=2, **changes)
+        settings = EngineSettings(global_batch_size=G, optimizer={"lr": 0.1, "name": "sgd"}, engine="plain", log_every=1,
+                                  precision="fp32", ema={"decay": 0.5}, total_steps=6, save_every=2, **changes)
         torch.manual_seed(7)
         model = torch.nn.Sequential(torch.nn.Linear(48, 3))
         run = Run(RunSettings(name=name, dir=str(tmp_path), take_over=True))

@@ -119,7 +119,7 @@ def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings,
 
     `adam` and `adamw` are the same computation here, because decay is always decoupled.
     """
-    lr, betas = settings.lr, tuple(settings.betas)
+    lr, betas = settings.lr, (settings.betas[0], settings.betas[1])
     if settings.name in ("adamw", "adam"):
         # Fused on GPUs only: on a CPU it rounds by position in the flat, and two layouts would drift apart.
         return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=settings.eps,

@@ -190,7 +190,7 @@ class TokenLearnerViT(VisionTransformer):
             return {"image_intermediates": found, **features}
         return found if intermediates_only else (self.norm(x), found)
 
-    @torch.jit.ignore
+    @torch.jit.ignore  # type: ignore[arg-type]
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """timm's groups for layer-wise learning rates; TokenLearners and fusers belong to the block they surround."""
         groups = super().group_matcher(coarse)

@@ -295,7 +295,8 @@ def _read_timm(name: str) -> tuple[State, dict[str, Any]]:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"The weights timm:{name} could not be fetched ({first:.200}).",
                               f"fetch {where} on a machine with network, and set init.weights to the file") from None
-    cfg = {key: value for key, value in model.pretrained_cfg.items() if value is not None}
+    cfg: dict[str, Any] = {key: value for key, value in dict(model.pretrained_cfg).items()  # type: ignore[arg-type]
+                           if value is not None}
     return model.state_dict(), {**cfg, "num_classes": model.num_classes, "model_args": {}}
 
 

@@ -12,12 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from data_pipelines.loader import EvalLoader, TrainLoader, compare_fingerprints
-
 from tubelet import dist
 from tubelet.config import Loaded
+from tubelet.engine.build import build_engine
 from tubelet.engine.checkpoint.folder import choose
 from tubelet.engine.checkpoint.format import read_manifest
-from tubelet.engine.build import build_engine
 from tubelet.engine.schedule import check_schedule
 from tubelet.engine.trainer import Beginning, Trainer, TrainState
 from tubelet.errors import CheckpointError, ConfigError, Problems, RunError

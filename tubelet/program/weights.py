@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tubelet import dist
 from tubelet.engine.checkpoint.folder import choose, published
@@ -17,7 +17,8 @@ from tubelet.models.weights import load_weights, read_weights
 from tubelet.program.settings import InitSettings
 
 
-def begin_from_weights(model: Any, init: InitSettings, settings: ModelSettings, seed: int, *, speaks: bool) -> dict[str, Any]:
+def begin_from_weights(model: Any, init: InitSettings, settings: ModelSettings, seed: int, *,
+                       speaks: bool) -> dict[str, Any]:
     """Load `init.weights` into `model` on every rank, print the table, return the picture settings that go with them."""
     folder = checkpoint_folder(init.weights or "")
     state, source = dist.together(lambda: find_weights(init, folder, settings, seed))
@@ -74,7 +75,7 @@ class Found:
     objective: dict[str, Any] = field(default_factory=dict)
 
 
-def describe(name: str, which: str = "auto") -> Found:
+def describe(name: str, which: Literal["auto", "weights", "ema"] = "auto") -> Found:
     """Model settings, weights and picture settings of a run, a checkpoint, an export or a timm model."""
     folder = checkpoint_folder(name)
     if folder is not None:

@@ -148,7 +148,7 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
     warnings.filterwarnings("ignore", category=FutureWarning, message=r".*(all_gather|reduce_scatter).*")
     # Without this the first engine on a CPU compiles a shared-memory collective that training never calls (45 s), and
     # without a compiler it fails.
-    deepspeed.ops.__compatible_ops__ = {}
+    setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010 - a lazy attribute of the module
     default_group = torch.distributed.group.WORLD
     if _joined is not default_group:  # DeepSpeed keeps groups at module level; those of an earlier start are dead
         comm.cdb = None
