@@ -289,9 +289,9 @@ def _read_timm(name: str) -> tuple[State, dict[str, Any]]:
     try:
         model = timm.create_model(name, pretrained=True)
     except Exception as error:  # the hub's client raises many kinds
-        cfg = timm.get_pretrained_cfg(name)
-        where = f"model.safetensors of https://huggingface.co/{cfg.hf_hub_id}" if cfg and cfg.hf_hub_id else (
-            cfg.url if cfg else name)
+        known = timm.get_pretrained_cfg(name)
+        where = f"model.safetensors of https://huggingface.co/{known.hf_hub_id}" if known and known.hf_hub_id else (
+            known.url if known else name)
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(f"The weights timm:{name} could not be fetched ({first:.200}).",
                               f"fetch {where} on a machine with network, and set init.weights to the file") from None

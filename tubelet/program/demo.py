@@ -21,7 +21,7 @@ from tubelet.files import read_jsonl
 from tubelet.safe_io import read_json
 
 OUT = Path("demo_out")
-KILL_AT = 160  # of 300 steps; the newest checkpoint is then step 150
+KILL_AT = 460  # of 900 steps; the newest checkpoint is then step 400
 
 
 def say(text: str) -> None:
@@ -84,7 +84,7 @@ def main(words: list[str] | None = None) -> int:
         print(f"an earlier demo was kept as {old}/")
     runs, shards = OUT / "runs", OUT / "shards"
     say("1. write and verify WebDataset shards: fractals to pretrain on, scikit-learn's handwritten digits downstream")
-    run("tubelet", "data", "write", "made-up:fractals?n=8000&size=40&classes=40&seed=0", f"{shards}/fractals",
+    run("tubelet", "data", "write", "made-up:fractals?n=10000&size=36&classes=10&seed=0", f"{shards}/fractals",
         "--shard-size", "1000")
     for split in ("train", "test"):
         run("tubelet", "data", "write", f"made-up:digits?split={split}&size=64", f"{shards}/digits-{split}",

@@ -19,7 +19,7 @@ def write_report(out: Path, seconds: dict[str, float]) -> Path:
     figure, axes = plt.subplots(2, 2, figsize=(11, 7.5), layout="constrained")
     draw_pretraining(axes[0, 0], out / "runs" / "fractals")
     draw_transfer(axes[0, 1], out / "runs")
-    draw_pictures(axes[1, 0], out / "shards" / "fractals", "pretraining pictures: fractals, 40 classes")
+    draw_pictures(axes[1, 0], out / "shards" / "fractals", "pretraining pictures: fractals, 10 classes")
     draw_pictures(axes[1, 1], out / "shards" / "digits-test", "downstream pictures: handwritten digits")
     figure.savefig(out / "report.png", dpi=110)
     plt.close(figure)
