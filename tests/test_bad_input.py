@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import socket
 import subprocess
 import tarfile
 import time
@@ -72,11 +73,13 @@ def test_a_vanished_and_a_truncated_shard_are_named_together(tmp_path, program, 
 
 
 def test_a_label_out_of_range(tmp_path, program, shards):
-    config, _ = recipe(tmp_path)
+    config, folder = recipe(tmp_path)
     code, output = program("pretrain", config, f"data.train={shards}", "model.num_classes=3", "data.augment.mixup_alpha=0",
                            "data.augment.cutmix_alpha=0")
     assert code == 1
     said(output, "3", "model.num_classes")
+    log = (folder / "logs" / "rank-0000.txt").read_text()
+    assert f"rank 0 on {socket.gethostname()}" in log and "Traceback" in log  # the whole story is kept
 
 
 def test_a_checkpoint_of_another_model(tmp_path, program, shards):

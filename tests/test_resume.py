@@ -18,6 +18,13 @@ def weights(folder, which="weights"):
     return {name: tensor.numpy().tobytes() for name, tensor in dict(assemble(step, which=which)).items()}
 
 
+def tensorboard_steps(folder):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder / "tensorboard"), purge_orphaned_data=True).Reload()
+    return [event.step for event in events.Scalars("train/loss")]
+
+
 def kill_after(config, folder, step, *words, nproc=1, env=None):
     """Start, wait until `step` was logged, SIGKILL everything."""
     process = start("pretrain", config, *words, nproc=nproc, env=env)
@@ -53,7 +60,7 @@ def test_a_run_killed_and_resumed_on_as_many_processes_ends_bit_equal(tmp_path, 
     assert losses(folder) == losses(uninterrupted) and digests(folder) == digests(uninterrupted)
     assert weights(folder) == weights(uninterrupted) and weights(folder, "ema") == weights(uninterrupted, "ema")
     curve = [row["step"] for row in rows(folder / "metrics.jsonl") if "train/loss" in row]
-    assert curve == list(range(1, STEPS + 1))  # nothing logged twice
+    assert curve == list(range(1, STEPS + 1)) == tensorboard_steps(folder)  # nothing logged twice
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -16,7 +16,7 @@ import torch
 
 from tubelet import dist
 from tubelet.engine.checkpoint.folder import prune
-from tubelet.engine.checkpoint.load import restore
+from tubelet.engine.checkpoint.load import FROM_SETTINGS, restore
 from tubelet.engine.checkpoint.save import save as save_checkpoint
 from tubelet.engine.digest import DigestFile
 from tubelet.engine.ema import ShardedEma
@@ -120,7 +120,8 @@ class Trainer:
         for note in self.beginning.notes if self.world.speaks else ():
             print(note, flush=True)
         if self.beginning.folder is not None:
-            restored = restore(self.beginning.folder, self.engine, self.ema.tensors() if self.ema else None)
+            average = self.ema.tensors() if self.ema else None
+            restored = restore(self.beginning.folder, self.engine, average, keep=FROM_SETTINGS)  # weight decay may change
             if self.world.speaks:
                 restored.show(self.beginning.kind, self.beginning.folder, asdict(self.state))
                 self.run.event(self.beginning.kind, folder=str(self.beginning.folder), **asdict(self.state))

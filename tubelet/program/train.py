@@ -44,7 +44,7 @@ def train(loaded: Loaded[P], world: dist.World) -> dict[str, float]:
                   f"{device.type}, micro batch {micro_batch_size} x "
                   f"{settings.global_batch_size // (micro_batch_size * world.size)} x {world.size} = global batch "
                   f"{settings.global_batch_size}\n{loaded.as_yaml()}", flush=True)
-        beginning, manifest = decide_beginning(settings, run)
+        beginning, manifest = decide_beginning(settings, run, micro_batch_size)
         data = build_data(settings, world, micro_batch_size, beginning, manifest, run)
         model = dist.together(lambda: build_model(settings.model, seed=settings.seed))
         source = manifest.get("model_cfg")
@@ -63,6 +63,7 @@ def train(loaded: Loaded[P], world: dist.World) -> dict[str, float]:
             eval_loaders=data.val, micro_batch_size=micro_batch_size, total_steps=data.total_steps, beginning=beginning,
             flops_per_sample=flops, img_size=settings.model.img_size,
             manifest={"config": settings.model_dump(mode="json"), "model_cfg": cfg, "hub_config": hub,
+                      "micro_batch_size": micro_batch_size,
                       "data": {"fingerprint": data.train.fingerprint, "recorded": data.train.recorded_state()}})
         return trainer.fit()
     except Exception as error:
@@ -102,7 +103,7 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def decide_beginning(settings: ProgramSettings, run: Run) -> tuple[Beginning, dict[str, Any]]:
+def decide_beginning(settings: ProgramSettings, run: Run, micro_batch_size: int) -> tuple[Beginning, dict[str, Any]]:
     """Where this start begins, and the manifest it continues from ({} if none). All ranks call it. In this order:
 
     1 the run's own newest checkpoint that verifies; 2 `init.from_run`; 3 `init.weights`; 4 from scratch.
@@ -114,6 +115,9 @@ def decide_beginning(settings: ProgramSettings, run: Run) -> tuple[Beginning, di
         notes = [*notes, *(f"changed since the checkpoint: {item}" for item in changed)]
         if changed and run.attempt:
             run.event("settings_changed", changes=[str(item) for item in changed])
+        if manifest["micro_batch_size"] != micro_batch_size:
+            notes.append(f"micro batch {manifest['micro_batch_size']} -> {micro_batch_size}: the samples are the same; "
+                         "drop-path draws and the groups of BatchNorm are others from here on")
         return Beginning("resume", folder, TrainState(**manifest["state"]), notes), manifest
     if run.has_checkpoints():
         raise CheckpointError(f"No checkpoint in {run.folder} verifies:\n    " + "\n    ".join(notes),
