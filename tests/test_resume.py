@@ -115,6 +115,7 @@ def test_twenty_kills_at_random_moments_and_inside_saves_lose_nothing(tmp_path):
         workers_gone(folder)
     output = run("pretrain", config, nproc=2)
     executed += [line for line in output.splitlines() if line.startswith("step ") and "  loss " in line]
+    print(f"{kills} kills, {inside_saves} of them inside a save; {len(executed)} steps executed for {steps}")
     assert inside_saves >= 5
     assert len(executed) <= steps + kills * (save_every + 1)
     assert digests(folder) == digests(reference) and losses(folder) == losses(reference)
