@@ -1,12 +1,19 @@
-"""Resampling of position tables against numpy, timm and the identities that must hold."""
+"""Resampling of position tables and kernels against numpy, timm and the identities that must hold."""
 
 import numpy as np
 import pytest
 import torch
-from timm.layers import resample_abs_pos_embed
+import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed, resample_patch_embed
 
 from tubelet.errors import TubeletError
-from tubelet.models.position import resample_pos_embed
+from tubelet.models.position import (
+    inflate_kernel,
+    resample_patch_kernel,
+    resample_pos_embed,
+    resample_temporal,
+    tile_frames,
+)
 
 METHODS = ("bicubic_antialias", "bilinear_align_corners")
 
@@ -67,3 +74,64 @@ def test_a_table_that_is_no_such_grid_is_refused():
         resample_pos_embed(torch.zeros(1, 196, 8), (14, 14), (24, 24), num_prefix=1)
     with pytest.raises(TubeletError, match="nearest"):
         resample_pos_embed(torch.zeros(1, 4, 8), (2, 2), (3, 3), method="nearest")
+
+
+def test_time_tables_are_linear_between_the_corners():
+    table = torch.randn(1, 1 + 5, 3)
+    for frames in (2, 3, 9, 16):
+        found = resample_temporal(table, frames, 1)
+        at = np.linspace(0, 4, frames)
+        expected = np.stack([np.interp(at, np.arange(5), table[0, 1:, d].numpy()) for d in range(3)], -1)
+        np.testing.assert_allclose(found[0, 1:].numpy(), expected, atol=1e-6)
+        assert torch.equal(found[:, :1], table[:, :1])
+    nearest = resample_temporal(table, 10, 1, "nearest")
+    assert torch.equal(nearest[:, 1:], table[:, 1:].repeat_interleave(2, 1))
+    constant = torch.full((1, 4, 2), 0.3)
+    torch.testing.assert_close(resample_temporal(constant, 7), torch.full((1, 7, 2), 0.3))
+    for wrong in ({"new_frames": 0}, {"new_frames": 4, "num_prefix": 6}, {"new_frames": 4, "method": "cubic"}):
+        with pytest.raises(TubeletError):
+            resample_temporal(table, **wrong)
+
+
+def test_tiled_tables_say_the_same_of_every_frame():
+    table = torch.randn(1, 2 + 6, 3)
+    found = tile_frames(table, 4, 2)
+    assert found.shape == (1, 2 + 24, 3) and torch.equal(found[:, :2], table[:, :2])
+    assert all(torch.equal(found[:, 2 + 6 * t:8 + 6 * t], table[:, 2:]) for t in range(4))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+@pytest.mark.parametrize("mode", ["central", "average"])
+def test_an_inflated_kernel_answers_a_still_clip_as_the_image_kernel_does(mode, frames):
+    kernel, image = torch.randn(5, 3, 4, 2), torch.randn(2, 3, 12, 8)
+    clip = image.unsqueeze(2).expand(-1, -1, frames, -1, -1)
+    found = F.conv3d(clip, inflate_kernel(kernel, frames, mode), stride=(frames, 4, 2))[:, :, 0]
+    torch.testing.assert_close(found, F.conv2d(image, kernel, stride=(4, 2)), rtol=0, atol=1e-5)
+    if mode == "central":
+        moving = torch.randn(2, 3, frames, 12, 8)
+        found = F.conv3d(moving, inflate_kernel(kernel, frames), stride=(frames, 4, 2))[:, :, 0]
+        torch.testing.assert_close(found, F.conv2d(moving[:, :, frames // 2], kernel, stride=(4, 2)), rtol=0, atol=1e-5)
+
+
+def test_a_resized_patch_kernel_answers_resized_patches_alike():
+    torch.manual_seed(0)
+    kernel, patches = torch.randn(6, 3, 8, 8, dtype=torch.float64), torch.randn(4, 3, 8, 8, dtype=torch.float64)
+    for size in ((16, 16), (12, 10)):
+        larger = F.interpolate(patches, size=size, mode="bicubic", antialias=True, align_corners=False)
+        found = torch.einsum("bihw,oihw->bo", larger, resample_patch_kernel(kernel, size))
+        torch.testing.assert_close(found, torch.einsum("bihw,oihw->bo", patches, kernel), rtol=1e-9, atol=1e-9)
+    for size in ((16, 16), (14, 14), (6, 8)):  # timm's own, of the same paper
+        expected = resample_patch_embed(kernel.float(), list(size))
+        torch.testing.assert_close(resample_patch_kernel(kernel.float(), size), expected, rtol=1e-3, atol=1e-4)
+    assert torch.equal(resample_patch_kernel(kernel, (8, 8)), kernel)
+
+
+def test_kernels_that_cannot_be_are_refused_with_their_shape():
+    with pytest.raises(TubeletError, match="0 frames"):
+        inflate_kernel(torch.zeros(2, 3, 4, 4), 0)
+    with pytest.raises(TubeletError, match="2, 3, 4"):
+        inflate_kernel(torch.zeros(2, 3, 4), 2)
+    with pytest.raises(TubeletError, match="sum"):
+        inflate_kernel(torch.zeros(2, 3, 4, 4), 2, "sum")
+    with pytest.raises(TubeletError, match="0"):
+        resample_patch_kernel(torch.zeros(2, 3, 4, 4), (0, 4))
