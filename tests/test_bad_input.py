@@ -90,6 +90,9 @@ def test_a_checkpoint_of_another_model(tmp_path, program, shards):
     code, output = program("pretrain", config, *words, "model.kwargs.depth=3", "model.kwargs.at=1", "seed=3")
     assert code == 1
     said(output, "model.kwargs.depth: checkpoint 4, now 3", "seed: checkpoint 0, now 3", "3 fixed settings")
+    code, output = program("pretrain", config, *words, "total_steps=1", "schedule.warmup_steps=0")
+    assert code == 1
+    said(output, "end at step 1", "stands at step 2")
     code, output = program("pretrain", config, *words, "run.name=fork", f"init.from_run={folder}", "model.kwargs.depth=3")
     assert code == 1
     said(output, "blocks.3")

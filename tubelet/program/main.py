@@ -90,6 +90,8 @@ def _leave(rank: int, code: int, everywhere: bool) -> int:
 
 def finish(code: int) -> None:
     """Leave the process. After an error peers may hang in a collective, so nothing is waited for."""
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)  # what had to be saved is saved: a late signal must not spoil the exit code
     sys.stdout.flush()
     sys.stderr.flush()
     if code:

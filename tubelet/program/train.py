@@ -169,7 +169,10 @@ def build_data(settings: ProgramSettings, world: dist.World, micro_batch_size: i
         source, settings.data, img_size=model.img_size, num_classes=model.num_classes, batch_size=micro_batch_size,
         world=world)) for source in settings.data.val]
     steps = settings.total_steps or max(1, round((settings.epochs or 0) * loader.size / settings.global_batch_size))
-    check_schedule(settings.schedule, steps)
+    check_schedule(settings.schedule, steps, settings.optimizer.lr)
+    if beginning.state and beginning.state.step > steps:
+        raise RunError(f"This run is to end at step {steps}, but {beginning.folder} stands at step {beginning.state.step}.",
+                       f"total_steps={beginning.state.step} or more; or init.from_run= an earlier checkpoint, as another run")
     if world.speaks and loader.size < settings.global_batch_size:
         print(f"note: the data set has {loader.size} samples, fewer than global_batch_size {settings.global_batch_size}: "
               "a batch holds some samples more than once", flush=True)
