@@ -60,6 +60,7 @@ def decode_image(data: bytes, *, decoder: str = "torchvision", exif: bool = Fals
         if "alloc" in str(error).lower():  # torch says RuntimeError when memory is short: no fault of the sample
             raise
         first = re.sub(r"^\w+, /\S+:\d+, ", "", (str(error).strip() or "no message").splitlines()[0])
+        first = re.sub(r" ?<_io\.BytesIO object at 0x\w+>", "", first)  # PIL names its input, which has no name here
         raise BadSample(f"{type(error).__name__}: {first[:200]}") from None
 
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 EXIT_DIR = "TUBELET_EXIT_DIR"
-_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+_FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
 def torchrun_command(program: str, words: Sequence[str], nproc: int) -> list[str]:
@@ -48,6 +48,7 @@ def run_local(program: str, words: Sequence[str], nproc: int) -> int:
                                    preexec_fn=_die_with_parent)
 
         def forward(number: int, frame: object) -> None:
+            number = signal.SIGTERM if number == signal.SIGHUP else number  # a closed terminal: save and leave
             for path in Path(folder).glob("rank-*.pid"):
                 try:
                     os.kill(int(path.read_text()), number)

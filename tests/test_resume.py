@@ -65,18 +65,25 @@ def test_a_run_killed_and_resumed_on_as_many_processes_ends_bit_equal(tmp_path, 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_preempted_group_saves_at_a_step_boundary_leaves_with_85_and_goes_on(tmp_path, number):
-    config, folder = recipe(tmp_path, 400, 200)
-    process = start("pretrain", config, "ema=null", nproc=2)
-    wait_for(lambda: any(row["step"] >= 3 for row in rows(folder / "metrics.jsonl")), process)
+    """USR1 between saves, TERM in the middle of one: either way the step is finished, saved once, and nothing is lost."""
+    config, folder = recipe(tmp_path, 400, 3 if number == signal.SIGTERM else 200)
+    log = tmp_path / "faults.log"
+    process = start("pretrain", config, "ema=null", nproc=2,
+                    env={"TUBELET_FAULTS": "save.shard=1", "TUBELET_FAULTS_LOG": str(log)})
+    if number == signal.SIGTERM:
+        wait_for(log.exists, process)
+    else:
+        wait_for(lambda: any(row["step"] >= 3 for row in rows(folder / "metrics.jsonl")), process)
     os.killpg(process.pid, number)
     os.killpg(process.pid, number)  # schedulers send it more than once
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 85, output[-3000:]
     saved = sorted(folder.glob("step-*/manifest.json"))
-    assert len(saved) == 1 and "leaving with exit code 85" in output
-    step = read_manifest(saved[0].parent)["state"]["step"]
-    assert 3 <= step < 400 and rows(folder / "events.jsonl")[-1]["how"] == "preempted"
-    output = run("pretrain", config, "ema=null", f"total_steps={step + 1}")
+    assert "leaving with exit code 85" in output and rows(folder / "events.jsonl")[-1]["how"] == "preempted"
+    step = read_manifest(saved[-1].parent)["state"]["step"]
+    assert len(saved) == (1 if number == signal.SIGUSR1 or step == 3 else 2) and 3 <= step < 9
+    assert [row["step"] for row in rows(folder / "digest.jsonl")][-1] == step  # nothing that was trained is lost
+    output = run("pretrain", config, "ema=null", f"total_steps={step + 1}", "save_every=50")
     assert f"step {step + 1}/{step + 1}" in output
 
 
