@@ -13,7 +13,7 @@ def fill_one(key, shape, position):
     s = np.sin(12.9898 * np.arange(count, dtype=np.float64) + 78.233 * position)
     if key.endswith("running_var"):
         value = 1 + 0.5 * s**2
-    elif key.endswith("running_mean") or key.endswith(".bias") or key == "bias":
+    elif key.endswith(("running_mean", ".bias")) or key == "bias":
         value = 0.1 * s
     elif "gamma" in key:
         value = 0.5 + 0.1 * s
@@ -34,7 +34,8 @@ def sinfill(state):
 
 def sinin(*shape):
     """An input of that shape."""
-    return torch.from_numpy(np.sin(1.2345 * np.arange(int(np.prod(shape)), dtype=np.float64)).astype(np.float32)).reshape(shape)
+    values = np.sin(1.2345 * np.arange(int(np.prod(shape)), dtype=np.float64))
+    return torch.from_numpy(values.astype(np.float32)).reshape(shape)
 
 
 def five(logits):
