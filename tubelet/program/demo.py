@@ -7,6 +7,7 @@ twice the resolution, evaluated, and compared with the same fine-tuning from scr
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shlex
 import signal
@@ -74,6 +75,10 @@ def main(words: list[str] | None = None) -> int:
     """The whole road; prints one table and where the report lies."""
     from tubelet.program.report import write_report
 
+    missing = [name for name in ("sklearn", "matplotlib") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise TubeletError(f"The demo needs {' and '.join(missing)}, which this environment lacks.",
+                           "make demo, or python -m pip install -e '.[demo]'")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     begun = time.time()
     if (OUT / "runs").exists() or (OUT / "shards").exists():

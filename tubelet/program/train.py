@@ -6,10 +6,13 @@ decided, and data, model and engine are built for it.
 
 from __future__ import annotations
 
+import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from data_pipelines.loader import EvalLoader, TrainLoader, compare_fingerprints
 from tubelet import dist
@@ -94,10 +97,6 @@ def quiet() -> None:
 
 def make_deterministic() -> None:
     """Deterministic kernels; slower on GPUs."""
-    import os
-
-    import torch
-
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.backends.cudnn.benchmark = False
@@ -153,10 +152,11 @@ def build_data(settings: ProgramSettings, world: dist.World, micro_batch_size: i
     model = settings.model
     saved = manifest.get("data", {})
     recorded = None if settings.data.restart_order else saved.get("recorded")
+    device_type = "cuda" if torch.cuda.is_available() else "cpu"
     loader = dist.together(lambda: TrainLoader(
         settings.data, seed=settings.seed, img_size=model.img_size, num_classes=model.num_classes,
         global_batch_size=settings.global_batch_size, micro_batch_size=micro_batch_size, world=world, recorded=recorded,
-        device_type="cuda" if _on_gpu() else "cpu"))
+        device_type=device_type))
     if beginning.state and saved:
         found = compare_fingerprints(saved["fingerprint"], loader.fingerprint)
         if found and not settings.data.restart_order:
@@ -167,7 +167,7 @@ def build_data(settings: ProgramSettings, world: dist.World, micro_batch_size: i
     loader.set_ledger(run.folder, seen=beginning.state.seen if beginning.state else 0)
     val = [dist.together(lambda source=source: EvalLoader(
         source, settings.data, img_size=model.img_size, num_classes=model.num_classes, batch_size=micro_batch_size,
-        world=world)) for source in settings.data.val]
+        world=world, device_type=device_type)) for source in settings.data.val]
     steps = settings.total_steps or max(1, round((settings.epochs or 0) * loader.size / settings.global_batch_size))
     check_schedule(settings.schedule, steps, settings.optimizer.lr)
     if beginning.state and beginning.state.step > steps:
@@ -177,9 +177,3 @@ def build_data(settings: ProgramSettings, world: dist.World, micro_batch_size: i
         print(f"note: the data set has {loader.size} samples, fewer than global_batch_size {settings.global_batch_size}: "
               "a batch holds some samples more than once", flush=True)
     return Data(loader, val, steps)
-
-
-def _on_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
