@@ -172,7 +172,7 @@ def build_data(settings: ProgramSettings, world: dist.World, micro_batch_size: i
     check_schedule(settings.schedule, steps, settings.optimizer.lr)
     if beginning.state and beginning.state.step > steps:
         raise RunError(f"This run is to end at step {steps}, but {beginning.folder} stands at step {beginning.state.step}.",
-                       f"total_steps={beginning.state.step} or more; or init.from_run= an earlier checkpoint, as another run")
+                       f"total_steps={beginning.state.step} or more; or another run with init.from_run= an earlier one")
     if world.speaks and loader.size < settings.global_batch_size:
         print(f"note: the data set has {loader.size} samples, fewer than global_batch_size {settings.global_batch_size}: "
               "a batch holds some samples more than once", flush=True)
