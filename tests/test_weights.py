@@ -143,11 +143,11 @@ def test_weights_are_read_from_every_kind_of_file(tmp_path):
 def test_what_cannot_be_read_says_what_to_do(tmp_path):
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../a.safetensors"}}))
     torch.save({"epoch": 3}, tmp_path / "a.pth")
-    (tmp_path / "weights.npz").touch()
+    (tmp_path / "weights.h5").touch()
     (tmp_path / "empty").mkdir()
     for spec, problem, hint in [
             (f"{tmp_path}/b.pth", "do not exist", "a.pth"), (f"{tmp_path}/a.pth", "epoch", "safetensors"),
-            (f"{tmp_path}/weights.npz", "no kind of weights", "timm:"), (f"{tmp_path}/empty", "holds nothing", "verify"),
+            (f"{tmp_path}/weights.h5", "no kind of weights", "timm:"), (f"{tmp_path}/empty", "holds nothing", "verify"),
             (str(tmp_path), "outside its folder", "export"), ("timm:vit_large_patch8_224", "no weights", "another"),
             ("timm:vit_base_patch16_224.augreg", "no weights", "timm:vit_base_patch16_224.augreg_in1k"),
             ("timm:vit_base_patch16_224.augreg_in21k", "could not be fetched",

@@ -4,6 +4,7 @@
 timm is loaded already, and otherwise right after somebody loads it. A launcher that only checks settings never does.
 """
 
+import importlib
 import importlib.util
 import sys
 from importlib.abc import MetaPathFinder
@@ -38,3 +39,9 @@ if "timm" in sys.modules:
     _register()
 else:
     sys.meta_path.insert(0, _AfterTimm())
+
+
+def __getattr__(name: str):  # PEP 562: these need torch and timm, which a launcher does without
+    if name in ("official_state_dict", "load_official"):
+        return getattr(importlib.import_module("tubelet.models.official"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

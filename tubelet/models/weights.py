@@ -88,7 +88,11 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, source:
 
     Nothing is changed when a `CheckpointError` is raised; it lists every tensor that cannot be explained.
     """
+    from tubelet.models.official import from_jax, is_jax_layout  # it stands on this module
+
     report, problems = Report(), Problems(CheckpointError, "These weights do not fit the model:")
+    if is_jax_layout(state):
+        state = from_jax(model, state, report)
     given, wanted = _renamed(state, key_map, report), model.state_dict()
     fitted: State = {}
     heads = _head_names(model)
@@ -249,7 +253,8 @@ def _counted(fold: str, names: list[str]) -> str:
 
 def read_weights(spec: str, *, ema: bool | Literal["auto"] = "auto") -> tuple[State, dict[str, Any]]:
     """(state dict on the CPU, cfg) of `timm:NAME[.tag]`, a `.safetensors` file, a folder with `model.safetensors` (or
-    its parts and index) and `config.json`, or a `.pth` of tensors.
+    its parts and index) and `config.json`, a `.pth` of tensors, or an `.npz` of the papers' JAX code (ViT, TokenLearner,
+    BiT; `load_weights` knows their names).
 
     The cfg is flat: timm's `pretrained_cfg` keys (architecture, input_size, mean, std, ...), `num_classes` and
     `model_args`; empty when the source has none. `ema`: take the moving average of a `.pth` if it has one ("auto"),
@@ -270,9 +275,17 @@ def read_weights(spec: str, *, ema: bool | Literal["auto"] = "auto") -> tuple[St
         return safe_io.read_safetensors(path), _read_cfg(path.with_name("config.json"))
     if path.suffix in (".pth", ".pt", ".bin", ".tar"):
         return _tensors_of(safe_io.read_pth(path), path, ema), {}
+    if path.suffix == ".npz":
+        return {name: _tensor_of(array) for name, array in safe_io.read_npz(path).items()}, {}
     raise CheckpointError(f"{spec} is no kind of weights that is read here ({path.suffix or 'no suffix'}).",
-                          "a .safetensors or .pth file, a folder with model.safetensors, or timm:NAME (the published "
-                          "JAX .npz weights are there, converted)")
+                          "a .safetensors, .pth or .npz file, a folder with model.safetensors, or timm:NAME")
+
+
+def _tensor_of(array: Any) -> torch.Tensor:
+    """numpy has no bfloat16: files that hold it come as two raw bytes a number."""
+    if array.dtype.kind == "V" and array.dtype.itemsize == 2:
+        return torch.from_numpy(array.view("int16")).view(torch.bfloat16)
+    return torch.as_tensor(array)
 
 
 def _read_timm(name: str) -> tuple[State, dict[str, Any]]:
