@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -233,6 +234,23 @@ def together(action: Callable[[], T]) -> T:
             error = kind(problem if rank == 0 else f"Rank {rank}: {problem}", hint)
         else:
             error = RuntimeError(f"Rank {rank} failed with {kind.__name__}: {problem}")
-    if isinstance(error, TubeletError):
-        error.everywhere = True
     raise error
+
+
+def all_failing(wait_seconds: float = 3.0) -> bool:
+    """True when every rank calls this within `wait_seconds`: all are leaving with an error, so nobody is left waiting in
+    a collective. Uses the rendezvous store, no collective."""
+    import torch.distributed as dist
+
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    try:
+        store, size, until = dist.distributed_c10d._get_default_store(), dist.get_world_size(), time.time() + wait_seconds
+        store.add("tubelet-failing", 1)
+        while store.add("tubelet-failing", 0) < size:
+            if time.time() > until:
+                return False
+            time.sleep(0.02)
+    except RuntimeError:  # the store has gone with the rank that held it
+        return False
+    return True

@@ -19,8 +19,6 @@ class TubeletError(Exception):
     """A problem a user can act on. `problem` says what, by which rule, with which values; `hint` what to do next."""
 
     exit_code = EXIT_ERROR
-    everywhere = False
-    """True when every rank raises it at the same place, so that nobody is left waiting in a collective."""
 
     def __init__(self, problem: str, hint: str = ""):
         self.problem = problem.strip()

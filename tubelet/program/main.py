@@ -45,7 +45,7 @@ def run_program(name: str, what: str, cls: type[P], train: Callable[[Loaded[P], 
         code = 0
     except Exception as error:
         code = getattr(error, "code", None) or report(error, rank, folder)
-        everywhere = hasattr(error, "code") or getattr(error, "everywhere", False)
+        everywhere = hasattr(error, "code") or (EXIT_DIR in os.environ and dist.all_failing())
     return _leave(rank, code, everywhere)
 
 
