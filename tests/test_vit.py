@@ -257,7 +257,7 @@ def small_of(name: str) -> ModelSettings:
                          kwargs={"embed_dim": 32, "depth": 4, "num_heads": 2, "patch_size": 8, **tokens})
 
 
-@pytest.mark.parametrize("name", entries())
+@pytest.mark.parametrize("name", [name for name in entries() if name.startswith("vit_")])
 def test_every_registered_model_trains_and_recomputes_the_same(name):
     assert tubelet.models and timm.is_model(name)
     model = build_model(small_of(name), seed=0)

@@ -10,10 +10,12 @@ from __future__ import annotations
 import functools
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tubelet.errors import ConfigError, nearest
+from tubelet.models import lv_vit_names
 
 
 class Size(NamedTuple):
@@ -120,6 +122,8 @@ class Entry(NamedTuple):
     function: str
     kwargs: dict[str, Any]
     paper: str
+    cfg: Mapping[str, Any] = MappingProxyType({})
+    """What the model's `pretrained_cfg` has of its own."""
 
 
 @functools.cache
@@ -136,6 +140,7 @@ def entries() -> dict[str, Entry]:
                       "depth": row.depth, "version": version, "fuser": row.fuser}
             found[token_learner_name(row, version)] = Entry(
                 "tubelet.models.token_learner", "create_token_learner_vit", kwargs, row.paper)
+    found |= {name: Entry(*row) for name, row in lv_vit_names.rows().items()}
     return found
 
 
@@ -164,7 +169,7 @@ def register() -> None:
            "first_conv": "patch_embed.proj", "classifier": "head"}
     for name, entry in entries().items():
         if not is_model(name):
-            default_cfgs.update(generate_default_cfgs({name: dict(cfg)}))
+            default_cfgs.update(generate_default_cfgs({name: {**cfg, **entry.cfg}}))
             globals()[name] = register_model(_entry_point(name, entry))  # where timm expects an entry point to be
 
 

@@ -26,6 +26,8 @@ from tubelet.models.vit import init_head
 
 Action = Literal["loaded", "resized", "new", "dropped"]
 State = dict[str, torch.Tensor]
+Note = Callable[[str, str], None]
+"""Called by a model's `adapt_weights` for each tensor that it resized: name, what was done."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +96,9 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, source:
     if is_jax_layout(state):
         state = from_jax(model, state, report)
     given, wanted = _renamed(state, key_map, report), model.state_dict()
+    if hasattr(model, "adapt_weights"):  # models with tables of their own make them from the source's
+        given = model.adapt_weights(  # type: ignore[operator]
+            given, method, lambda name, detail: report.rows.append(Row(name, "resized", detail)))
     fitted: State = {}
     heads = _head_names(model)
     replace = _replaces_head(given, wanted, heads, head)
@@ -107,7 +112,8 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, source:
             fitted[name] = _position_table(model, given, source or {}, method, report)
         elif name in wanted and given[name].shape == wanted[name].shape:
             fitted[name] = given[name]
-            report.rows.append(Row(name, "loaded", _shape(given[name])))
+            if name not in {row.name for row in report.rows}:
+                report.rows.append(Row(name, "loaded", _shape(given[name])))
     for name in wanted:
         if name in fitted:
             continue
