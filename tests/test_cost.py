@@ -7,7 +7,7 @@ from typer.testing import CliRunner
 
 from tubelet.models.build import build_meta
 from tubelet.models.cli import app
-from tubelet.models.cost import flops_per_sample_training, input_shape, macs
+from tubelet.models.cost import activation_bytes, flops_per_sample_training, input_shape, macs
 from tubelet.models.names import TOKEN_LEARNERS, token_learner_name
 from tubelet.models.settings import ModelSettings
 from tubelet.models.vit import HEADS
@@ -86,3 +86,45 @@ def test_the_command_lists_models_and_costs():
     assert run.exit_code == 0 and "vit_small_patch32_tokenlearner8_d22_v10_224" in run.output
     run = CliRunner().invoke(app, ["--cost", "ViT-L/16", "--img-size", "512"])
     assert "361.99 GMACs" in run.output and "vit_large_patch16_224" in run.output
+    assert "723.97 GFLOPs (2 per MAC)" in run.output and "MiB with grad_checkpointing" in run.output
+
+
+def saved_by_autograd(model, shape: tuple[int, ...], batch: int) -> int:
+    """Bytes that a real forward pass on the CPU (whose attention is fused too) leaves saved, beside the weights."""
+    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    saved: dict[int, torch.Tensor] = {}
+
+    def pack(tensor):
+        saved[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        logits = model(torch.randn(batch, *shape))
+    assert logits.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for key, tensor in saved.items() if key not in own)
+
+
+@pytest.mark.parametrize("name, kwargs", [
+    ("vit_base_patch16_224", {"embed_dim": 96, "depth": 3, "num_heads": 4, "drop_path_rate": 0.2}),
+    ("vit_base_patch16_224", {"embed_dim": 96, "depth": 2, "num_heads": 4, **HEADS["map"]}),
+    ("vit_base_patch16_tokenlearner8_fuser_224", {"embed_dim": 48, "depth": 4, "num_heads": 2}),
+    ("vit_base_patch16_tokenlearner8_v10_224", {"embed_dim": 48, "depth": 4, "num_heads": 2}), ("resnet18", {})])
+def test_activations_are_what_autograd_saves(name, kwargs):
+    size = {} if name == "resnet18" else {"img_size": 64}
+    model = timm.create_model(name, **size, **kwargs).train()
+    real = saved_by_autograd(model, (3, 64, 64), 3) - saved_by_autograd(model, (3, 64, 64), 2)
+    assert activation_bytes(model, 64, dtype_bytes=4) == real
+    model.eval()
+    activation_bytes(model, 64)
+    assert not model.training and all(not p.is_meta and p.grad is None for p in model.parameters())
+
+
+def test_activations_follow_the_arithmetic_of_a_block():
+    """Per block and position in units of D: two norms and their outputs' users, qkv, attention out, MLP 4 + 4, and so on."""
+    model = build_meta(ModelSettings(name="ViT-L/16", img_size=512))
+    tokens, width, depth, heads = 1025, 1024, 24, 16
+    block = tokens * (2 * (1 + 1 + 3 + 1 + 1 + 1 + 4 + 4) * width + 2 * 2 * 2 + 4 * heads)  # bf16; mean, rstd; log-sum-exp
+    assert activation_bytes(model) == pytest.approx(depth * block, rel=0.02)
+    kept = activation_bytes(model, checkpointing=True)
+    assert depth * tokens * width * 2 < kept < depth * tokens * width * 2 + 2 * block  # inputs, one block, gradients
+    assert not model.grad_checkpointing

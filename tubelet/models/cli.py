@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -16,24 +16,31 @@ def models(
     pattern: Annotated[str, typer.Argument(metavar="[FILTER]", help="part of a name or of a paper's name")] = "",
     cost: Annotated[str, typer.Option(metavar="NAME", help="cost of one model, ours, timm's or a paper's name")] = "",
     img_size: Annotated[int, typer.Option(help="pixels; a position table grows with them")] = 224,
+    frames: Annotated[int, typer.Option(help="frames of a clip; 0 = the model's own")] = 0,
 ) -> None:
     """List the models registered here with their size, or say what one model costs."""
     from tubelet.console import print_table
     from tubelet.models.build import build_meta
-    from tubelet.models.cost import macs, num_parameters
+    from tubelet.models.cost import activation_bytes, input_shape, macs, num_parameters
     from tubelet.models.names import ALIASES, SIZES, entries, paper_name, resolve_name
     from tubelet.models.settings import ModelSettings
 
     if cost:
         name = resolve_name(cost)
-        model = build_meta(ModelSettings(name=name, img_size=img_size))
-        body = build_meta(ModelSettings(name=name, img_size=img_size, num_classes=0))
-        count = macs(model, img_size)
+        clip: dict[str, Any] = {"num_frames": frames} if frames else {}
+        model = build_meta(ModelSettings(name=name, img_size=img_size, kwargs=clip))
+        body = build_meta(ModelSettings(name=name, img_size=img_size, num_classes=0, kwargs=clip))
+        shape, count = input_shape(model, img_size), macs(model, img_size)
+        sample = f"one clip of {shape[1]} frames" if len(shape) == 4 else "one picture"
+        kept = [f"{activation_bytes(model, img_size) / 2**20:,.1f} MiB in bf16"]
+        if hasattr(model, "set_grad_checkpointing"):
+            kept.append(f"{activation_bytes(model, img_size, checkpointing=True) / 2**20:,.1f} MiB with grad_checkpointing")
         print_table(f"{name} at {img_size} pixels", ["", ""], [
             ["paper", paper_name(name) or "-"],
             ["parameters", f"{num_parameters(model):,} with 1000 classes, {num_parameters(body):,} without classifier"],
-            ["forward, one picture", f"{count / 1e9:.2f} GMACs = {2 * count / 1e9:.2f} GFLOPs"],
-            ["training, one picture", f"{6 * count / 1e9:.1f} GFLOPs (forward and backward)"]])
+            [f"forward, {sample}", f"{count / 1e9:.2f} GMACs (multiply-adds) = {2 * count / 1e9:.2f} GFLOPs (2 per MAC)"],
+            ["training", f"{6 * count / 1e9:.1f} GFLOPs (forward and backward)"],
+            ["activations kept", ", ".join(kept)]])
         return
     rows = []
     for name in entries():
