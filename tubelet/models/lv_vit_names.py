@@ -29,7 +29,8 @@ LV_VITS = {
     "lvvit_medium": Row(  512,  20,    8,   64,  2, 1.0, "LV-ViT-M"),
     "lvvit_large":  Row(  768,  24,   12,  128,  3, 1.0, "LV-ViT-L"),
 }  # fmt: skip
-SUPER_VITS = {"supervit_deit_small": "SuperViT (DeiT-S)", "supervit_lvvit_small": "SuperViT (LV-ViT-S)"}
+SUPER_VITS = {"supervit_deit_small": "SuperViT-DeiT-S", "supervit_lvvit_small": "SuperViT-LV-ViT-S"}
+ALIASES = {**{row.paper: name for name, row in LV_VITS.items()}, **{paper: name for name, paper in SUPER_VITS.items()}}
 
 # ImageNet's own numbers, which these were trained with: (0.5, 0.5, 0.5) is for the ViT papers' weights.
 _PICTURES: dict[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}

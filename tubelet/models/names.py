@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tubelet.errors import ConfigError, nearest
-from tubelet.models import lv_vit_names
+from tubelet.models import lv_vit_names, uniformer_names
 
 
 class Size(NamedTuple):
@@ -95,6 +95,7 @@ ALIASES = {
     "R26+ViT-B/32": "vit_base_r26_s32_224",
     "R50+ViT-B/16": "vit_base_r50_s16_224",
     "R50+ViT-L/32": "vit_large_r50_s32_224",
+    **lv_vit_names.ALIASES,
     **{f"BiT-{x}": f"resnetv2_{x[1:]}_bit" for x in ("R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4")},
 }
 
@@ -141,6 +142,7 @@ def entries() -> dict[str, Entry]:
             found[token_learner_name(row, version)] = Entry(
                 "tubelet.models.token_learner", "create_token_learner_vit", kwargs, row.paper)
     found |= {name: Entry(*row) for name, row in lv_vit_names.rows().items()}
+    found |= {name: Entry(*row) for name, row in uniformer_names.rows().items()}
     return found
 
 
