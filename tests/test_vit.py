@@ -67,13 +67,13 @@ def plain_vit(w, pixels, *, depth, heads, patch, pool):
 
 @pytest.mark.parametrize("pool", HEADS)
 def test_forward_equals_a_vit_written_out_in_float64(pool):
-    settings = ModelSettings(name="ViT-B/16", img_size=(24, 20), num_classes=7, kwargs={**SMALL, **HEADS[pool]})
+    settings = ModelSettings(name="ViT-B/16", img_size=(24, 32), num_classes=7, kwargs={**SMALL, **HEADS[pool]})
     model = build_model(settings, seed=3).double().eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():  # no zeros and ones, so that every term shows
         for parameter in model.parameters():
             parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-    pixels = torch.randn(2, 3, 24, 20, generator=generator, dtype=torch.float64)
+    pixels = torch.randn(2, 3, 24, 32, generator=generator, dtype=torch.float64)
     expected = plain_vit(model.state_dict(), pixels, depth=3, heads=4, patch=8, pool=pool)
     torch.testing.assert_close(model(pixels), expected, rtol=1e-10, atol=1e-10)
 
@@ -84,7 +84,8 @@ PUBLISHED = {
     "ViT-B/16": 86_567_656, "ViT-B/32": 88_224_232, "ViT-L/16": 304_326_632, "ViT-L/32": 306_535_400,
     "ViT-H/14": 632_045_800, "ViT-g/14": 1_012_611_432, "ViT-G/14": 1_844_440_680, "R+ViT-Ti/16": 6_337_704,
     "R26+ViT-S/32": 36_431_912, "R26+ViT-B/32": 101_383_976, "R50+ViT-B/16": 98_659_112, "R50+ViT-L/32": 328_994_856,
-    "BiT-R50x1": 25_549_352, "BiT-R101x3": 387_934_888,
+    "BiT-R50x1": 25_549_352, "BiT-R50x3": 217_319_080, "BiT-R101x1": 44_541_480, "BiT-R101x3": 387_934_888,
+    "BiT-R152x2": 236_335_208, "BiT-R152x4": 936_533_224,
 }  # fmt: skip
 # Scaling paper, table 2: encoder alone and with MAP head, neither with classifier.
 PUBLISHED_G = {"g/14": (1_011_199_616, 1_036_448_384), "G/14": (1_842_772_352, 1_881_132_416)}
@@ -93,8 +94,9 @@ PUBLISHED_G = {"g/14": (1_011_199_616, 1_036_448_384), "G/14": (1_842_772_352, 1
 def test_parameter_counts_are_the_published_integers():
     for name, count in PUBLISHED.items():
         assert num_parameters(build_meta(ModelSettings(name=name))) == count, name
-    gap = build_meta(ModelSettings(name="ViT-B/16", kwargs=HEADS["gap"]))
-    assert num_parameters(gap) == 86_566_120  # the authors' "-gap-norep"
+    gap = {"B/16": 86_566_120, "B/32": 88_222_696, "S/16": 22_049_896, "S/32": 22_878_184}  # the authors' "-gap-norep"
+    for name, count in gap.items():
+        assert num_parameters(build_meta(ModelSettings(name=name, kwargs=HEADS["gap"]))) == count, name
     for name, (encoder, with_map) in PUBLISHED_G.items():
         found = build_meta(ModelSettings(name=name, num_classes=0, kwargs=HEADS["map"]))
         pool = num_parameters(found.attn_pool)
@@ -219,6 +221,17 @@ def test_wrong_arguments_are_listed_together():
     assert all(part in text for part in ("embed_dims", "embed_dim;", "model.img_size", "cls_token", "class_token"))
     with pytest.raises(ConfigError, match="num_heads"):
         build_meta(ModelSettings(name="B/16", kwargs={"num_heads": 7}))
+
+
+def test_an_image_size_that_the_patch_does_not_divide_is_refused_but_where_a_paper_did_it():
+    with pytest.raises(ConfigError, match="230 is not a multiple of the patch size 16") as caught:
+        build_meta(ModelSettings(name="B/16", img_size=(224, 230)))
+    assert "224 or 240" in caught.value.hint
+    with pytest.raises(ConfigError, match="8 is not a multiple of the patch size 16"):
+        build_meta(ModelSettings(name="vit_base_patch16_tokenlearner8_224", img_size=8))
+    with pytest.warns(UserWarning, match="27 patches are taken and the last 6 pixels"):
+        assert build_meta(ModelSettings(name="g/14", img_size=384)).patch_embed.grid_size == (27, 27)
+    assert build_meta(ModelSettings(name="B/16", img_size=230, kwargs={"dynamic_img_pad": True, "depth": 1}))
 
 
 @pytest.mark.parametrize("lines", ["import tubelet.models, timm", "import tubelet.models.token_learner, timm"])

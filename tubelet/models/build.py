@@ -5,10 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import warnings
 from typing import Any
 
 import timm
 import torch
+from timm.layers import PatchEmbed
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
@@ -25,6 +27,10 @@ _OWNED = {"img_size": "model.img_size", "num_classes": "model.num_classes", "dro
           "drop_path_rate": "model.drop_path_rate", "pretrained": "init.weights", "checkpoint_path": "init.weights",
           "device": "", "dtype": "precision", "features_only": "", "pretrained_cfg": "", "pretrained_cfg_overlay": ""}
 _PICTURE_KEYS = ("mean", "std", "crop_pct")
+
+# (patch, pixels) at which the papers leave pixels at the right and the bottom unused (VALID convolutions): the scaling
+# paper's /14 and /28 at 384, TokenLearner's L/14 at 512 and L/10 at 224 and 512.
+UNEVEN = {(14, 384), (28, 384), (14, 512), (10, 224), (10, 512)}
 
 
 def build_model(settings: ModelSettings, *, seed: int) -> nn.Module:
@@ -66,11 +72,29 @@ def _create(settings: ModelSettings, **extra: Any) -> nn.Module:
     else:
         arguments |= {key: value for key, value in asked.items() if value and key != "img_size"}
     try:
-        return timm.create_model(name, num_classes=settings.num_classes, **arguments)
+        model = timm.create_model(name, num_classes=settings.num_classes, **arguments)
     except (TypeError, AssertionError, ValueError) as error:  # how timm says that arguments do not fit together
         raise ConfigError(f"`model.name` = {name} cannot be built with img_size {settings.img_size}, num_classes "
                           f"{settings.num_classes} and model.kwargs {settings.kwargs}: {error}",
                           "other values in model.kwargs") from error
+    _check_patches(model)
+    return model
+
+
+def _check_patches(model: nn.Module) -> None:
+    embed = getattr(model, "patch_embed", None)
+    if not isinstance(embed, PatchEmbed) or embed.img_size is None or embed.dynamic_img_pad:
+        return
+    problems, img_size = Problems(ConfigError), tuple(embed.img_size)  # type: ignore[arg-type]
+    for patch, pixels in sorted(set(zip(embed.patch_size, img_size))):
+        if pixels % patch and (patch, pixels) in UNEVEN:
+            warnings.warn(f"{pixels} pixels are no multiple of patches of {patch}: as in the paper, {pixels // patch} "
+                          f"patches are taken and the last {pixels % patch} pixels are not seen.", stacklevel=2)
+        elif pixels % patch:
+            below, above = pixels // patch * patch, (pixels // patch + 1) * patch
+            problems.add(f"`model.img_size` = {pixels} is not a multiple of the patch size {patch}.",
+                         f"model.img_size={f'{below} or ' if below else ''}{above}, or another model.kwargs.patch_size")
+    problems.raise_if_any()
 
 
 @functools.cache

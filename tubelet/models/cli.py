@@ -45,7 +45,11 @@ def models(
     rows = []
     for name in entries():
         if pattern.lower() in f"{name} {paper_name(name)}".lower():
-            model = build_meta(ModelSettings(name=name, img_size=img_size))
+            try:
+                model = build_meta(ModelSettings(name=name, img_size=img_size))
+            except ConfigError:  # a size that this model's patches do not divide
+                rows.append([name, "-", "-", f"not at {img_size} pixels; {paper_name(name)}"])
+                continue
             rows.append([name, f"{num_parameters(model) / 1e6:.2f}", f"{macs(model, img_size) / 1e9:.2f}", paper_name(name)])
     if not rows:
         raise ConfigError(f"No model here has {pattern!r} in its name.", "no filter, or `--cost NAME` for any model of timm")
