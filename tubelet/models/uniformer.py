@@ -235,14 +235,15 @@ def init_weights(model: nn.Module) -> None:
 @contextlib.contextmanager
 def _without_statistics(block: nn.Module) -> Iterator[None]:
     """BatchNorm's running statistics see a batch once, though the block is computed twice."""
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm) and module.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:  # they stay arguments, since recomputation must save the same tensors
+        norm.momentum, norm.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 def run_block(model: Any, block: nn.Module, *inputs: Any) -> Any:
@@ -361,7 +362,7 @@ def create_uniformer(name: str, *, pretrained: bool = False, light: bool = False
         channels, *frames, height, width = given["input_size"]
         kwargs["pretrained_cfg"] = {**given, "input_size": (channels, height, width)}
         kwargs.update({"num_frames": frames[0]} if frames and "num_frames" not in kwargs else {})
-    model = build_model_with_cfg(cls, name, pretrained, **kwargs)
+    model: Any = build_model_with_cfg(cls, name, pretrained, **kwargs)
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "input_size": model.input_size}
     return model
 

@@ -96,13 +96,10 @@ class UniFormerLight(UniFormer):
                  depths: tuple[int, ...] = (2, 5, 8, 2), dims: tuple[int, ...] = (56, 112, 224, 448), head_dim: int = 28,
                  mlp_ratio: float = 3.0, stem: Any = "overlapped_first", keep: float = 0.5, drop_rate: float = 0.0,
                  pos_drop_rate: float = 0.0, proj_drop_rate: float = 0.0, attn_drop_rate: float = 0.0,
-                 drop_path_rate: float = 0.0, **kwargs: Any):
+                 drop_path_rate: float = 0.0):
         if not 0 < keep < 1:
             raise ConfigError(f"`keep` = {keep}: a share of the positions above 0 and below 1 is computed one by one.",
                               "keep=0.5")
-        if kwargs:
-            raise ConfigError(f"{', '.join(map('`{}`'.format, kwargs))}: no argument of a UniFormer that ranks its tokens.",
-                              "uniformer_small, which has it")
         super().__init__(img_size, in_chans, num_classes, depths=depths, dims=dims, head_dim=head_dim, stem=stem,
                          mlp_ratio=mlp_ratio, drop_rate=drop_rate, pos_drop_rate=pos_drop_rate,
                          proj_drop_rate=proj_drop_rate, drop_path_rate=drop_path_rate)
