@@ -186,7 +186,7 @@ def hub_config(model: nn.Module, settings: ModelSettings) -> dict[str, Any]:
     the model from it once `tubelet.models` is imported."""
     cfg = model_cfg(model)
     arguments = {**settings.kwargs}
-    if isinstance(model, VisionTransformer):
+    if isinstance(model, VisionTransformer) or getattr(getattr(model, "patch_embed", None), "img_size", None):
         arguments["img_size"] = list(cfg["input_size"][-2:])
     architecture = cfg.pop("architecture", resolve_name(settings.name).split(".")[0])
     return {"architecture": architecture, "num_classes": settings.num_classes,

@@ -15,7 +15,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from tubelet.errors import ConfigError, nearest
-from tubelet.models import lv_vit_names, uniformer_names
+from tubelet.models import lv_vit_names, uniformer_names, vivit_names
 
 
 class Size(NamedTuple):
@@ -143,6 +143,7 @@ def entries() -> dict[str, Entry]:
                 "tubelet.models.token_learner", "create_token_learner_vit", kwargs, row.paper)
     found |= {name: Entry(*row) for name, row in lv_vit_names.rows().items()}
     found |= {name: Entry(*row) for name, row in uniformer_names.rows().items()}
+    found |= {name: Entry(*row) for name, row in vivit_names.rows().items()}
     return found
 
 

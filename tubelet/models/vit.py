@@ -47,17 +47,19 @@ def create_vit(name: str, *, size: str, patch_size: int, pretrained: bool = Fals
 
 # ------------------------------------------------------------------------------------------------ initial weights
 
-_LOOSE = {"cls_token", "reg_token", "pos_embed", "latent"}  # parameters that a model owns without a layer around them
+# parameters that a model owns without a layer around them
+_LOOSE = {"cls_token", "reg_token", "pos_embed", "latent", "temporal_cls_token", "temporal_pos_embed"}
 _NORMS = (nn.LayerNorm, nn.GroupNorm, LayerNorm2d)
 
 
 def papers_init_fits(model: nn.Module) -> bool:
-    """Whether `init_weights` knows every parameter of this model: a ViT made of the papers' parts."""
-    if not isinstance(model, VisionTransformer):
+    """Whether `init_weights` knows every parameter of this model: a ViT made of the papers' parts, or one that says
+    so by `papers_init`."""
+    if not isinstance(model, VisionTransformer) and not getattr(model, "papers_init", False):
         return False
     for module in model.modules():
         own = {name for name, _ in module.named_parameters(recurse=False)}
-        if own and not own <= _LOOSE and not isinstance(module, (nn.Linear, nn.Conv2d, LayerScale, *_NORMS)):
+        if own and not own <= _LOOSE and not isinstance(module, (nn.Linear, nn.Conv2d, nn.Conv3d, LayerScale, *_NORMS)):
             return False
     return True
 
@@ -104,7 +106,7 @@ def _init_module(name: str, module: nn.Module) -> None:
                 nn.init.xavier_uniform_(part)
         if module.bias is not None:
             nn.init.normal_(module.bias, std=1e-6) if "mlp" in name.split(".") else nn.init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
+    elif isinstance(module, (nn.Conv2d, nn.Conv3d)):
         fan_in = module.weight[0].numel()
         std = math.sqrt(1 / fan_in) / 0.87962566103423978  # what cutting at two deviations takes away
         nn.init.trunc_normal_(module.weight, std=std, a=-2 * std, b=2 * std)
@@ -119,7 +121,7 @@ def _init_module(name: str, module: nn.Module) -> None:
         nn.init.constant_(module.gamma, module.init_values)
     else:
         for loose, parameter in module.named_parameters(recurse=False):
-            if loose == "pos_embed":
+            if loose.endswith("pos_embed"):
                 nn.init.normal_(parameter, std=0.02)
             elif loose == "reg_token":
                 nn.init.normal_(parameter, std=1e-6)
