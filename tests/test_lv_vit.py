@@ -187,7 +187,23 @@ def test_two_classifiers_are_made_started_and_replaced_together():
     assert model(x).shape == (2, 3) and model(x, output="dense")[1].shape == (2, 16, 3)
     assert [layer.out_features for layer in model.get_classifier()] == [3, 3]
     model.reset_classifier(0)
-    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, 24)
+    features = model.forward_features(x)
+    for found in (model(x), model.forward_head(features, pre_logits=True)):
+        assert torch.equal(found, features[:, 0])
+    model.reset_classifier(0, "")
+    assert torch.equal(model(x), features)
+
+
+def test_feature_maps_are_its_blocks():
+    whole = timm.create_model("lvvit_small", img_size=32, **SMALL).eval()
+    maps = timm.create_model("lvvit_small", img_size=32, features_only=True, out_indices=(0, 2), **SMALL).eval()
+    maps.model.load_state_dict(whole.state_dict(), strict=False)
+    x, seen = torch.randn(2, 3, 32, 32), []
+    for block in whole.blocks:
+        block.register_forward_hook(lambda _, __, y: seen.append(y))
+    whole(x)
+    for found, expected in zip(maps(x), (seen[0], seen[2])):
+        torch.testing.assert_close(found, expected[:, 1:].transpose(1, 2).unflatten(2, (4, 4)))
 
 
 def test_official_layout_is_the_released_one():

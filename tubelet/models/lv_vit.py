@@ -185,7 +185,10 @@ class LVViT(VisionTransformer):
         return block(*args)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False, output: Output = "combined") -> Any:
-        """Normalised tokens -> logits; with `pre_logits` the class token [B, D]. Auxiliary logits stay mixed here."""
+        """Normalised tokens -> logits; with `pre_logits` (or without classes) the class token [B, D], with global_pool=""
+        of `reset_classifier` every token. Auxiliary logits stay mixed here."""
+        if not self.global_pool:
+            return self.head_drop(x) if pre_logits else self.head(self.head_drop(x))
         token = self.head_drop(x[:, 0])
         if pre_logits:
             return token
@@ -197,7 +200,7 @@ class LVViT(VisionTransformer):
                 raise ConfigError("`output` = 'dense', but this model has no auxiliary head to answer for each patch.",
                                   'aux_head=True when it is built, or output="class"')
             return logits, self.aux_head(self.head_drop(x[:, 1:]))
-        if output == "class" or self.aux_head is None:
+        if output == "class" or self.aux_head is None or not self.num_classes:
             return logits
         return logits + self.aux_weight * self.aux_head(self.head_drop(x[:, 1:])).amax(1)
 
@@ -217,8 +220,8 @@ class LVViT(VisionTransformer):
         return self.head if self.aux_head is None else (self.head, self.aux_head)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """New classifier(s) for other classes; 0 = none."""
-        if global_pool not in (None, "token"):
+        """New classifier(s) for other classes; 0 = none. `global_pool`: "token", or "" for all tokens."""
+        if global_pool not in (None, "token", ""):
             raise ConfigError(f"`global_pool` = {global_pool!r}: this model reads its class token.", "global_pool=token")
         super().reset_classifier(num_classes, global_pool)
         if self.aux_head is not None:
