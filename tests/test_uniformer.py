@@ -19,7 +19,8 @@ from tubelet.models.names import resolve_name
 from tubelet.models.settings import ModelSettings
 from tubelet.models.uniformer import UniFormer, _swap, from_image, mix_box
 from tubelet.models.uniformer_light import RankingAttention, RankingBlock
-from tubelet.models.uniformer_names import UNIFORMERS
+from tubelet.models.uniformer_names import ALIASES, UNIFORMERS
+from tubelet.models.weights import load_weights
 
 SMALL = {"depths": (1, 1, 2, 1), "dims": (16, 32, 64, 64), "head_dim": 32, "num_classes": 7}
 
@@ -230,6 +231,11 @@ def test_weights_of_another_head_width_are_refused_with_both_numbers():
         for state in (narrow.official_state_dict(), saved):
             with pytest.raises(CheckpointError, match=r"32.*64"):
                 load(state)
+    for source in (narrow.pretrained_cfg, {"architecture": "uniformer_small_tl"},
+                   {"architecture": "uniformer_small_dim64_tl", "model_args": {"head_dim": 32}}):
+        with pytest.raises(CheckpointError, match=r"32.*64"):
+            load_weights(wide, dict(narrow.state_dict()), source=source)
+    load_weights(wide, dict(narrow.state_dict()), source={"architecture": "uniformer_small_dim64_tl"})
     video = make("uniformer_video_small", **{**SMALL, "head_dim": 64})
     with pytest.raises(CheckpointError, match=r"32.*64"):
         from_image(video, small("uniformer_small").state_dict())
@@ -394,7 +400,7 @@ def test_settings_build_uniformers_and_exports_come_back(tmp_path):
     settings = ModelSettings(name="uniformer_video_small", img_size=(32, 64), num_classes=5, kwargs=kwargs)
     model = build_model(settings, seed=0).eval()
     assert model.pretrained_cfg["input_size"] == (3, 4, 32, 64) and macs(model) > 0
-    assert model.pretrained_cfg["mean"] == (0.45,) * 3
+    assert model.pretrained_cfg["mean"] == (0.45,) * 3 and model.pretrained_cfg["head_dim"] == 32
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps(hub_config(model, settings)))
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
@@ -402,6 +408,8 @@ def test_settings_build_uniformers_and_exports_come_back(tmp_path):
     torch.testing.assert_close(again(pixels), model(pixels))
     zero = build_model(ModelSettings(name="uniformer_xxs", img_size=64, head_init="zero", drop_rate=0.1), seed=0)
     assert not zero.eval()(torch.randn(1, 3, 64, 64)).any() and zero.pos_drop.p == 0.1
+    assert [resolve_name(paper) for paper in ("UniFormer-S", "UniFormer-L")] == ["uniformer_small", "uniformer_large_ls_tl"]
+    assert set(ALIASES.values()) <= set(UNIFORMERS)
     zero.reset_classifier(3)
     assert zero(torch.randn(1, 3, 64, 64)).shape == (1, 3) and zero.head_cls.out_features == 3
 

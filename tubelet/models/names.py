@@ -96,6 +96,7 @@ ALIASES = {
     "R50+ViT-B/16": "vit_base_r50_s16_224",
     "R50+ViT-L/32": "vit_large_r50_s32_224",
     **lv_vit_names.ALIASES,
+    **uniformer_names.ALIASES,
     **{f"BiT-{x}": f"resnetv2_{x[1:]}_bit" for x in ("R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4")},
 }
 

@@ -9,7 +9,6 @@ Legend: B batch, T frames, H W rows cols, N tokens, D width, K classes, d head w
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
@@ -18,12 +17,19 @@ import torch
 from timm.layers import trunc_normal_
 from timm.models import build_model_with_cfg
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import checkpoint
 
 from tubelet.errors import CheckpointError, ConfigError, Problems
 from tubelet.models.position import inflate_kernel
-from tubelet.models.uniformer_blocks import NORMS, GlobalBlock, LocalBlock, OverlappedEmbed, PatchEmbed, SplitBlock
+from tubelet.models.uniformer_blocks import (
+    NORMS,
+    GlobalBlock,
+    LocalBlock,
+    OverlappedEmbed,
+    PatchEmbed,
+    SplitBlock,
+    run_block,
+)
+from tubelet.models.uniformer_names import UNIFORMERS
 from tubelet.models.weights import Report, Row, load_weights
 
 STRIDE = 32  # pixels per position of the last stage
@@ -196,16 +202,19 @@ class UniFormer(nn.Module):
         return self.state_dict()
 
     def load_official(self, state: Mapping[str, torch.Tensor]) -> Report:
-        """Load weights of the authors or of MMAction2; raises `CheckpointError` for what does not fit.
-
-        Weights that carry a head width (metadata of a state dict that this model wrote) are checked for it.
-        """
-        self.check_head_dim(state)
+        """Load weights of the authors or of MMAction2; raises `CheckpointError` for what does not fit."""
         return load_weights(self, state, key_map=official_key, head="keep", allow_new=(r"num_batches_tracked$",))
 
-    def check_head_dim(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Raises `CheckpointError` when `state` was recorded with heads of another width (plain dicts record none)."""
+    def check_source(self, state: Mapping[str, Any], source: Mapping[str, Any]) -> None:
+        """Raises `CheckpointError` when weights are known to be for heads of another width.
+
+        Known from the metadata of a state dict that a UniFormer here wrote, or from the cfg of the weights: `head_dim`
+        (every cfg of a UniFormer has it) or, without, the name they were trained under.
+        """
         _check_head_dim(self, state, "", getattr(state, "_metadata", {}).get("", {}))
+        row = UNIFORMERS.get(source.get("architecture", ""))
+        given = source.get("head_dim") or (source.get("model_args") or {}).get("head_dim") or (row and row.head_dim)
+        _check_head_dim(self, state, "", {"head_dim": given})
 
 
 def official_key(name: str) -> str:
@@ -230,30 +239,6 @@ def init_weights(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, SplitBlock):
             module.init_temporal()
-
-
-@contextlib.contextmanager
-def _without_statistics(block: nn.Module) -> Iterator[None]:
-    """BatchNorm's running statistics see a batch once, though the block is computed twice."""
-    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
-    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
-    for norm in norms:  # they stay arguments, since recomputation must save the same tensors
-        norm.momentum, norm.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for norm, (momentum, count) in zip(norms, before):
-            norm.momentum, norm.num_batches_tracked = momentum, count
-
-
-def run_block(model: Any, block: nn.Module, *inputs: Any) -> Any:
-    """`block(*inputs)`, recomputed in the backward pass when the model checkpoints."""
-    if not (model.grad_checkpointing and torch.is_grad_enabled()):
-        return block(*inputs)
-    if torch.compiler.is_compiling():  # the compiler recomputes without touching the statistics again
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return checkpoint(block, *inputs, use_reentrant=False,
-                      context_fn=lambda: (contextlib.nullcontext(), _without_statistics(block)))
 
 
 def mix_box(height: int, width: int) -> Box:
@@ -357,27 +342,30 @@ def create_uniformer(name: str, *, pretrained: bool = False, light: bool = False
         raise ConfigError(f"`features_only` is set, but {name} ranks its tokens and has no form for dense prediction.",
                           "uniformer_small or uniformer_base")
     cls = UniFormerLight if light else UniFormerFeatures if features_only else UniFormer
-    if (given := kwargs.get("pretrained_cfg")) and not isinstance(given, str):  # of an export; timm takes 3 numbers only
+    if (given := kwargs.get("pretrained_cfg")) and not isinstance(given, str):  # of an export
         given = dict(given) if isinstance(given, Mapping) else vars(given)
         channels, *frames, height, width = given["input_size"]
-        kwargs["pretrained_cfg"] = {**given, "input_size": (channels, height, width)}
         kwargs.update({"num_frames": frames[0]} if frames and "num_frames" not in kwargs else {})
+        kwargs["pretrained_cfg"] = {key: value for key, value in given.items() if key != "head_dim"} | {
+            "input_size": (channels, height, width)}  # timm knows three numbers, and no width of heads
     model: Any = build_model_with_cfg(cls, name, pretrained, **kwargs)
-    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "input_size": model.input_size}
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, "input_size": model.input_size,
+                                                    "head_dim": model.head_dim}
     return model
 
 
 def from_image(model: UniFormer, state: Mapping[str, torch.Tensor], mode: Literal["central", "average"] = "central",
-               head: Literal["auto", "replace", "keep"] = "auto") -> Report:
+               head: Literal["auto", "replace", "keep"] = "auto", source: Mapping[str, Any] | None = None) -> Report:
     """Load an image UniFormer's weights into a video UniFormer, inflating every kernel in time, and say what was done.
 
     "central" (MMAction2): a still clip is answered as its image, exactly. "average" (the authors): not so, because time
-    is padded with zeros. Weights trained with token labeling or layer scale are no start for video, say the authors.
+    is padded with zeros. `source` is the cfg of the weights. Weights trained with token labeling or layer scale are no
+    start for video, say the authors.
     """
     if model.ndim != 3:
         raise ConfigError("Image weights are inflated into a UniFormer for clips; this one takes images.",
                           "uniformer_video_small or uniformer_video_base, or load_official for an image model")
-    model.check_head_dim(state)
+    model.check_source(state, source or {})
     wanted, given, changed = model.state_dict(), {}, {}
     for name, tensor in state.items():
         own = wanted.get(official_key(name))

@@ -11,12 +11,17 @@ Legend: B batch, T frames, H W rows cols, N tokens, D width, h heads, d head wid
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Attention, DropPath, Mlp
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 CONVS = {2: nn.Conv2d, 3: nn.Conv3d}
 NORMS = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
@@ -191,3 +196,30 @@ class SplitBlock(nn.Module):
         y = (residual + self.drop_path(self.attn(self.norm1(over_space)))).view(batch, -1, dim)
         y = y + self.drop_path(self.mlp(self.norm2(y)))
         return channels_first(y.view(batch, frames, height, width, dim))
+
+
+# ------------------------------------------------------------------------------------------------- recomputation
+
+
+@contextlib.contextmanager
+def _without_statistics(block: nn.Module) -> Iterator[None]:
+    """BatchNorm's running statistics see a batch once, though the block is computed twice."""
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:  # they stay arguments, since recomputation must save the same tensors
+        norm.momentum, norm.num_batches_tracked = 0.0, None
+    try:
+        yield
+    finally:
+        for norm, (momentum, count) in zip(norms, before):
+            norm.momentum, norm.num_batches_tracked = momentum, count
+
+
+def run_block(model: Any, block: nn.Module, *inputs: Any) -> Any:
+    """`block(*inputs)`, recomputed in the backward pass when the model checkpoints."""
+    if not (model.grad_checkpointing and torch.is_grad_enabled()):
+        return block(*inputs)
+    if torch.compiler.is_compiling():  # the compiler recomputes without touching the statistics again
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return checkpoint(block, *inputs, use_reentrant=False,
+                      context_fn=lambda: (contextlib.nullcontext(), _without_statistics(block)))

@@ -67,6 +67,5 @@ class UniFormerFeatures(UniFormer):
 
     def load_official(self, state: Mapping[str, torch.Tensor]) -> Report:
         """Load a backbone's or a classifier's weights; of the latter, the norms of the four maps are new."""
-        self.check_head_dim(state)
         return load_weights(self, state, key_map=official_key, head="keep",
                             allow_new=(r"num_batches_tracked$", r"^norm[1-4]\."), allow_dropped=(r"^norm\.", r"^head\."))

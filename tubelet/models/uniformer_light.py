@@ -19,8 +19,8 @@ from timm.layers import Attention, Mlp, trunc_normal_
 from torch import nn
 
 from tubelet.errors import ConfigError
-from tubelet.models.uniformer import Box, UniFormer, check_input, init_weights, run_block
-from tubelet.models.uniformer_blocks import BlockNorm, channels_first, drop_path, position_conv
+from tubelet.models.uniformer import Box, UniFormer, check_input, init_weights
+from tubelet.models.uniformer_blocks import BlockNorm, channels_first, drop_path, position_conv, run_block
 
 
 class RankingAttention(Attention):

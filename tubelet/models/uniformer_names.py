@@ -80,6 +80,11 @@ def uniformer_cfg(name: str) -> dict[str, Any]:
     return cfg
 
 
+ALIASES = {row.paper: name for name, row in UNIFORMERS.items()
+           if name in ("uniformer_xxs", "uniformer_xs", "uniformer_small", "uniformer_small_plus", "uniformer_base")} | {
+           "UniFormer-L": "uniformer_large_ls_tl"}
+
+
 def rows() -> dict[str, tuple[str, str, dict[str, Any], str, dict[str, Any]]]:
     """Name -> the fields of its `names.Entry`."""
     return {name: ("tubelet.models.uniformer", "create_uniformer", uniformer_kwargs(name), row.paper, uniformer_cfg(name))

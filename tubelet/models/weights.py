@@ -93,6 +93,8 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, source:
     from tubelet.models.official import from_jax, is_jax_layout  # it stands on this module
 
     report, problems = Report(), Problems(CheckpointError, "These weights do not fit the model:")
+    if hasattr(model, "check_source"):  # for what no tensor's shape shows, such as the width of heads
+        model.check_source(state, source or {})  # type: ignore[operator]
     if is_jax_layout(state):
         state = from_jax(model, state, report)
     given, wanted = _renamed(state, key_map, report), model.state_dict()
