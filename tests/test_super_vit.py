@@ -261,6 +261,9 @@ def test_defaults_given_when_it_is_built_hold_for_calls_that_say_nothing():
     model, usual = small(size=40, keep=0.5).eval(), small().eval()
     torch.testing.assert_close(model(x), usual(x, size=40, keep=0.5))
     torch.testing.assert_close(model(x, size=56, keep=1), usual(x))
+    alone = small(sizes=[56], keep=0.5)  # for training at one size: nothing is left without gradient
+    alone(x).square().sum().backward()
+    assert all(parameter.grad is not None for parameter in alone.parameters()) and len(alone.pos_embed_list) == 1
     features, maps = usual.forward_intermediates(x, indices=[1, 4], size=48, norm=True)
     assert [tuple(m.shape) for m in maps] == [(2, 24, 12, 12)] * 2
     torch.testing.assert_close(usual.forward_head(features), usual(x, size=48))

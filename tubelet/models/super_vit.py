@@ -88,6 +88,8 @@ class SuperViT(LVViT):
     `drop_at`: blocks that drop tokens, the paper's 3, 6 and 9 at any depth. Further arguments are those of `LVViT`.
 
     Tokens left after dropping stand in the order of their scores, so output="dense" needs keep 1.
+    A backward pass gives gradients to the table of its size only; to train at one size, build with sizes=[that size], since
+    data-parallel engines wait for the gradients of all.
     """
 
     def __init__(self, img_size: int | tuple[int, int] = 224, patch_size: int = 16, *, sizes: Sequence[int] | None = None,
