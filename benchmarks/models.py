@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout.strip()
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout
     pairs = 3 if arguments.quick else 9
     load, results = list(os.getloadavg()), []
     print(f"{'':58s} {'MACs':>6s} {'time':>6s} {'(range)':>13s} {'time per MAC':>13s}")
@@ -111,7 +111,7 @@ def main() -> None:
         verdict = "" if limit is None else f"  (at most {limit}: {'kept' if row['efficiency'] <= limit else 'MISSED'})"
         print(f"{title:58s} {row['mac_ratio']:6.3f} {row['time_ratio']:6.3f} ({low:.3f}-{high:.3f}) "
               f"{row['efficiency']:12.3f}{verdict}", flush=True)
-    record = {"benchmark": "models", "quick": arguments.quick, "pairs": pairs, "commit": commit, "cpu": cpu_name(),
+    record = {"benchmark": "models", "quick": arguments.quick, "pairs": pairs, "commit": commit.strip(), "cpu": cpu_name(),
               "cores": os.cpu_count(), "threads": 1, "loadavg_before": load, "loadavg_after": list(os.getloadavg()),
               "torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version(),
               "metric": "CPU milliseconds of the process, forward + backward, fp32", "results": results}
