@@ -12,6 +12,7 @@ from sinfill import five, sinfill, sinin
 from torch import nn
 
 import tubelet.models
+import tubelet.models.from_image
 from tubelet.errors import CheckpointError, ConfigError
 from tubelet.models.build import build_meta, build_model, hub_config
 from tubelet.models.cost import macs, num_parameters
@@ -153,7 +154,8 @@ def test_still_clips_are_answered_as_images_after_central_inflation():
 def test_inflation_says_what_it_does_with_the_rest():
     image = small("uniformer_small")
     video = make("uniformer_video_small", **{**SMALL, "num_classes": 5})
-    assert set(from_image(video, image.state_dict()).names("new")) == {"head.weight", "head.bias"}
+    for load in (from_image, tubelet.models.from_image.from_image):  # the same by the door of all video models
+        assert set(load(video, image.state_dict()).names("new")) == {"head.weight", "head.bias"}
     split = make("uniformer_video_small", **SMALL, split=True)
     new = from_image(split, image.state_dict()).names("new")
     assert new and all(".t_attn." in name or ".t_norm." in name for name in new)

@@ -17,6 +17,8 @@ from torch import nn
 
 from tubelet.errors import CheckpointError, ConfigError
 from tubelet.models.position import InflateMode, ResizeMethod, inflate_kernel, resample_pos_embed, tile_frames
+from tubelet.models.uniformer import UniFormer
+from tubelet.models.uniformer import from_image as inflate_uniformer
 from tubelet.models.weights import Report, Row, State, _shape, _source_grid, load_weights
 
 Positions = Literal["tile", "resize"]
@@ -40,6 +42,8 @@ def from_image(model: nn.Module, state: Mapping[str, torch.Tensor], *, kernel: I
     The image's class token is taken over, or dropped with its row of the table if this model has none. Raises
     `CheckpointError` that lists all that does not fit; nothing has been changed then.
     """
+    if isinstance(model, UniFormer):  # other names, no tables: every kernel is inflated
+        return inflate_uniformer(model, state, kernel, head, head_bias, source)
     for option, value, allowed in (("positions", positions, Positions), ("temporal", temporal, Temporal)):
         if value not in get_args(allowed):
             raise ConfigError(f"`{option}` = {value!r} is not one of {', '.join(map(repr, get_args(allowed)))}.",

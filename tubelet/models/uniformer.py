@@ -19,7 +19,7 @@ from timm.models import build_model_with_cfg
 from torch import nn
 
 from tubelet.errors import CheckpointError, ConfigError, Problems
-from tubelet.models.position import inflate_kernel
+from tubelet.models.position import InflateMode, inflate_kernel
 from tubelet.models.uniformer_blocks import (
     NORMS,
     GlobalBlock,
@@ -354,8 +354,9 @@ def create_uniformer(name: str, *, pretrained: bool = False, light: bool = False
     return model
 
 
-def from_image(model: UniFormer, state: Mapping[str, torch.Tensor], mode: Literal["central", "average"] = "central",
-               head: Literal["auto", "replace", "keep"] = "auto", source: Mapping[str, Any] | None = None) -> Report:
+def from_image(model: UniFormer, state: Mapping[str, torch.Tensor], kernel: InflateMode = "central",
+               head: Literal["auto", "replace", "keep"] = "auto", head_bias: float = 0.0,
+               source: Mapping[str, Any] | None = None) -> Report:
     """Load an image UniFormer's weights into a video UniFormer, inflating every kernel in time, and say what was done.
 
     "central" (MMAction2): a still clip is answered as its image, exactly. "average" (the authors): not so, because time
@@ -370,11 +371,11 @@ def from_image(model: UniFormer, state: Mapping[str, torch.Tensor], mode: Litera
     for name, tensor in state.items():
         own = wanted.get(official_key(name))
         if own is not None and own.ndim == 5 and tensor.ndim == 4:
-            given[name] = inflate_kernel(tensor, own.shape[2], mode)
-            changed[official_key(name)] = f"{_shape(tensor)} -> {_shape(given[name])}, {mode}"
+            given[name] = inflate_kernel(tensor, own.shape[2], kernel)
+            changed[official_key(name)] = f"{_shape(tensor)} -> {_shape(given[name])}, {kernel}"
         else:
             given[name] = tensor
-    report = load_weights(model, given, key_map=official_key, head=head,
+    report = load_weights(model, given, key_map=official_key, head=head, head_bias=head_bias,
                           allow_new=(r"num_batches_tracked$", r"\.t_(?:norm|attn)\."))
     report.rows = [Row(row.name, "resized", changed[row.name]) if row.name in changed else row for row in report.rows]
     return report
