@@ -40,9 +40,11 @@ SMALL_BY_FACTORY = {
     "create_uniformer": {"img_size": 64, "depths": (2, 2, 2, 2), "dims": (16, 32, 32, 48), "head_dim": 16},
     "create_super_vit": {"img_size": 56, "patch_size": 4, "depth": 4, "drop_at": (1, 2)},
     "create_vivit": {"num_tokens": 0},
+    "create_hybrid": {"img_size": 64, "patch_size": 0, "layers": (1, 1)},
+    "create_bit": {"layers": (1, 1), "width_factor": 1, "stem_chs": 32, "channels": (128, 128)},
 }
 ONLY_SIZE = ("size", "patch_size", "num_tokens", "at", "depth", "depths", "dims", "head_dim", "embed_dim", "num_heads",
-             "mlp_ratio")  # what a name may differ in without being another structure
+             "mlp_ratio", "layers", "width_factor")  # what a name may differ in without being another structure
 
 NAMES = list(entries())
 STRUCTURES = list({(entry.function, repr({k: v for k, v in entry.kwargs.items() if k not in ONLY_SIZE})): name
@@ -53,8 +55,9 @@ FAMILIES = list({entries()[name].function: name for name in reversed(STRUCTURES)
 def cut(name, **changes):
     """The model of that name, small, on the CPU, its official tensors filled by formula."""
     entry, known = entries()[name], _arguments_of(name) or set()
-    small = {**SMALL, **SMALL_BY_FACTORY.get(entry.function, {}), **changes}
-    return fill(timm.create_model(name, **{key: value for key, value in small.items() if key in known and value}))
+    own = {**SMALL_BY_FACTORY.get(entry.function, {}), **changes}
+    small = {**{key: value for key, value in SMALL.items() if key in known}, **own}
+    return fill(timm.create_model(name, **{key: value for key, value in small.items() if value}))
 
 
 def fill(model):

@@ -88,8 +88,15 @@ TOKEN_LEARNERS = (
     TokenLearnerRow("Ti", 16,  8,  6, 12, False, 224,  None, "not in the paper; for trying things out"),
 )  # fmt: skip
 
+# Hybrids and BiT ResNets of the papers that timm has no name for: blocks a stage, size of the ViT or width factor.
+HYBRIDS = {"vit_base_r50_s32_224": ("B", (3, 4, 6, 3), "R50+ViT-B/32"),
+           "vit_large_r50_s16_224": ("L", (3, 4, 9), "R50+ViT-L/16")}
+BITS = {"resnetv2_50x2_bit": (2, (3, 4, 6, 3), "BiT-R50x2"), "resnetv2_152x1_bit": (1, (3, 8, 36, 3), "BiT-R152x1"),
+        "resnetv2_200x3_bit": (3, (3, 24, 36, 3), "BiT-R200x3")}
+
 # Names of the papers that follow no pattern -> timm.
 ALIASES = {
+    **{paper: name for name, (_, _, paper) in (HYBRIDS | BITS).items()},
     "R+ViT-Ti/16": "vit_tiny_r_s16_p8_224",
     "R26+ViT-S/32": "vit_small_r26_s32_224",
     "R26+ViT-B/32": "vit_base_r26_s32_224",
@@ -97,6 +104,7 @@ ALIASES = {
     "R50+ViT-L/32": "vit_large_r50_s32_224",
     **lv_vit_names.ALIASES,
     **uniformer_names.ALIASES,
+    **vivit_names.ALIASES,
     **{f"BiT-{x}": f"resnetv2_{x[1:]}_bit" for x in ("R50x1", "R50x3", "R101x1", "R101x3", "R152x2", "R152x4")},
 }
 
@@ -142,6 +150,13 @@ def entries() -> dict[str, Entry]:
                       "depth": row.depth, "version": version, "fuser": row.fuser}
             found[token_learner_name(row, version)] = Entry(
                 "tubelet.models.token_learner", "create_token_learner_vit", kwargs, row.paper)
+    for name, (size, layers, paper) in HYBRIDS.items():
+        found[name] = Entry("tubelet.models.hybrid", "create_hybrid", {"size": size, "layers": layers}, paper,
+                            {"first_conv": "patch_embed.backbone.stem.conv"})
+    for name, (width, layers, paper) in BITS.items():
+        found[name] = Entry("tubelet.models.hybrid", "create_bit", {"width_factor": width, "layers": layers}, paper,
+                            {"first_conv": "stem.conv", "classifier": "head.fc", "fixed_input_size": False,
+                             "interpolation": "bilinear", "crop_pct": 0.875, "pool_size": (7, 7)})
     found |= {name: Entry(*row) for name, row in lv_vit_names.rows().items()}
     found |= {name: Entry(*row) for name, row in uniformer_names.rows().items()}
     found |= {name: Entry(*row) for name, row in vivit_names.rows().items()}
