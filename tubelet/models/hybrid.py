@@ -21,8 +21,8 @@ from tubelet.models.vit import size_kwargs
 def create_hybrid(name: str, *, size: str, layers: tuple[int, ...], pretrained: bool = False, in_chans: int = 3,
                   **kwargs: Any) -> VisionTransformer:
     """A ResNet of `layers` blocks a stage (without its classifier) under the ViT of that size."""
-    backbone = ResNetV2(layers=list(layers), num_classes=0, global_pool="", in_chans=in_chans, preact=False, stem_type="same",
-                        conv_layer=partial(StdConv2dSame, eps=1e-8))
+    backbone = ResNetV2(layers=list(layers), num_classes=0, global_pool="", in_chans=in_chans, preact=False,
+                        stem_type="same", conv_layer=partial(StdConv2dSame, eps=1e-8))
     arguments = {**size_kwargs(size), "patch_size": 1, "in_chans": in_chans, **kwargs}
     return build_model_with_cfg(VisionTransformer, name, pretrained, pretrained_filter_fn=checkpoint_filter_fn,
                                 feature_cfg={"out_indices": 3, "feature_cls": "getter"},
