@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 import tubelet.models
@@ -13,10 +14,11 @@ from tubelet.errors import CheckpointError, ConfigError
 from tubelet.models.build import build_meta, build_model, hub_config
 from tubelet.models.cost import input_shape, macs, num_parameters
 from tubelet.models.from_image import from_image
-from tubelet.models.names import entries
+from tubelet.models.names import entries, resolve_name
 from tubelet.models.settings import ModelSettings
 from tubelet.models.vit import HEADS
 from tubelet.models.vivit import ViViT, sampled_frames
+from tubelet.models.weights import load_weights
 
 SMALL = {"embed_dim": 24, "depth": 3, "num_heads": 2, "patch_size": 8, "num_frames": 4}
 NAMES = [name for name in entries() if name.startswith(("vivit_", "timesformer_"))]
@@ -232,6 +234,28 @@ def test_positions_are_tiled_and_other_grids_are_resampled_on_request():
         from_image(small(), image_vit(depth=4).state_dict())
 
 
+def test_weights_of_other_sizes_and_lengths_come_in_resampled_and_others_are_refused():
+    def grid(table, slices, side):  # [1, D, T, H, W]
+        return table[:, 1:].unflatten(1, (slices, side, side)).movedim(-1, 1)
+
+    source = small("joint", num_frames=8)  # 4 slices of 2 x 2
+    for changes, slices, side in (({"img_size": 32, "num_frames": 8}, 4, 4), ({"num_frames": 4}, 2, 2),
+                                  ({"num_frames": 20}, 10, 2)):
+        model = small("joint", **changes)
+        report = load_weights(model, source.state_dict(), method="bilinear_align_corners")
+        expected = F.interpolate(grid(source.pos_embed, 4, 2), (slices, side, side), mode="trilinear", align_corners=True)
+        torch.testing.assert_close(grid(model.pos_embed, slices, side), expected, rtol=1e-5, atol=1e-6)
+        assert torch.equal(model.pos_embed[:, 0], source.pos_embed[:, 0])
+        assert report.names("resized") == ["pos_embed"] and "pos_embed" not in report.names("loaded")
+    source, model = small("factorised_encoder"), small("factorised_encoder", img_size=32, num_frames=8)
+    report = load_weights(model, source.state_dict(), method="bilinear_align_corners")
+    assert set(report.names("resized")) == {"pos_embed", "temporal_pos_embed"}
+    expected = F.interpolate(source.temporal_pos_embed[:, 1:].movedim(1, 2), size=4, mode="linear", align_corners=True)
+    torch.testing.assert_close(model.temporal_pos_embed[:, 1:], expected.movedim(2, 1), rtol=1e-5, atol=1e-6)
+    with pytest.raises(CheckpointError, match="1 x 13 x 24 in the weights, 1 x 129 x 24 in the model"):
+        load_weights(small("joint", img_size=32, num_frames=16), small("joint", img_size=(16, 24)).state_dict())
+
+
 def test_learned_tokens_of_a_slice_know_nothing_of_other_slices():
     for kwargs in ({"version": "1.0"}, {"version": "1.1"}, {"version": "1.1", "fuser": True}):
         model = small(num_tokens=3, at=1, **kwargs)
@@ -308,6 +332,17 @@ def test_compiled_and_exported_models_answer_the_same_and_the_authors_names_lead
         tubelet.models.load_official(other, {**state, "stranger.weight": torch.zeros(2)})
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vivit_base_patch16x2_factorised_encoder", "vivit_base_patch16x2_factorised_dot",
+                                  "timesformer_base_divided"])
+def test_inductor_answers_the_same(name):
+    model = small_of(name).eval()
+    pixels = torch.randn(2, *input_shape(model))
+    with torch.no_grad():
+        torch.testing.assert_close(torch.compile(model)(pixels), model(pixels), rtol=1e-4, atol=1e-4)
+    torch.compiler.reset()
+
+
 def test_authors_names_and_shapes_are_those_of_the_jax_tree():
     state = tubelet.models.official_state_dict(small("factorised_encoder", temporal_depth=1))
     assert {key: tuple(value.shape) for key, value in state.items() if "encoderblock" not in key} == {
@@ -343,6 +378,12 @@ def test_stochastic_depth_rescales_or_not_and_the_head_starts_at_zero():
         assert [getattr(block.drop_path1, "drop_prob", 0) for block in model.blocks] == [0, 0.25, 0.5]
         assert model.blocks[2].drop_path1.train()(torch.ones(64, 2, 3, 4)).unique().tolist() == [0, kept]
         assert not model(torch.randn(1, 3, 4, 16, 16)).any()
+
+
+def test_papers_names_lead_to_the_models():
+    for name, known in (("ViViT-L/16x2", "vivit_large_patch16x2_joint"), ("TimeSformer", "timesformer_base_divided"),
+                        ("ViViT-B/16x2 FE", "vivit_base_patch16x2_factorised_encoder")):
+        assert resolve_name(name) == known and known in entries()
 
 
 def test_what_does_not_fit_is_said_with_both_numbers():

@@ -20,9 +20,11 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from tubelet.errors import ConfigError, Problems
+from tubelet.models.clip_tables import fit_times
+from tubelet.models.position import ResizeMethod
 from tubelet.models.vit import size_kwargs
 from tubelet.models.vivit import check_clip, check_patches, create_video, over_space, over_time
-from tubelet.models.weights import Report, load_weights
+from tubelet.models.weights import Note, Report, load_weights
 
 AttentionType = Literal["divided", "joint", "space"]
 
@@ -159,7 +161,13 @@ class TimeSformer(nn.Module):
         return {"stem": r"^cls_token|^pos_embed|^time_embed|^patch_embed",
                 "blocks": [(r"^blocks\.(\d+)", None), (r"^norm\.", (99999,))]}
 
-    # ------------------------------------------------------------------------------------------ the authors' names
+    # ------------------------------------------------------------- weights of other clips, and the authors' names
+
+    def adapt_weights(self, given: Mapping[str, torch.Tensor], method: ResizeMethod, note: Note) -> dict[str, torch.Tensor]:
+        """The time table for our length from that of `given`, for `weights.load_weights`, which resizes the other."""
+        given = dict(given)
+        fit_times(given, "time_embed", self.state_dict(), 0, "nearest", note)
+        return given
 
     def official_state_dict(self) -> dict[str, torch.Tensor]:
         """The weights under the released code's names, which are ours (its files put `model.` before each)."""

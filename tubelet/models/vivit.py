@@ -330,11 +330,23 @@ class ViViT(nn.Module):
                 "temporal": [(r"^temporal_blocks\.(\d+)", None), (r"^temporal_(?:cls_token|pos_embed)", (0,)),
                              (r"^temporal_norm\.", (99999,))]}
 
-    # ------------------------------------------------------------------------------------ the authors' names
+    # ------------------------------------------------------------- weights of other clips, and the authors' names
+
+    def adapt_weights(self, given: Mapping[str, torch.Tensor], method: Any, note: Callable[[str, str], None]) -> dict[
+            str, torch.Tensor]:
+        """Position tables for our size and length from those of `given`, for `weights.load_weights`."""
+        from tubelet.models.clip_tables import fit_table, fit_times  # they stand on the module that loads weights
+
+        given, (slices, rows, cols) = dict(given), self.patch_embed.grid_size
+        if ("cls_token" in given) == bool(self.num_prefix_tokens):
+            per_table = 1 if self.factorisation == "encoder" else slices
+            fit_table(given, (per_table, rows, cols), self.num_prefix_tokens, method, note)
+            fit_times(given, "temporal_pos_embed", self.state_dict(), self.num_prefix_tokens, "linear_align_corners", note)
+        return given
 
     def official_state_dict(self) -> dict[str, torch.Tensor]:
         """The weights under the names and in the shapes of the authors' code."""
-        from tubelet.models import vivit_official  # it stands on the modules that load weights
+        from tubelet.models import vivit_official
 
         return vivit_official.official_state_dict(self)
 

@@ -32,6 +32,13 @@ TIMESFORMERS = (
     ("space", "TimeSformer: space-only attention"),
 )
 
+# Short names of the papers; ViViT's paper writes model 1 without a word behind the size.
+ALIASES = {
+    "ViViT-B/16x2": "vivit_base_patch16x2_joint", "ViViT-B/16x2 FE": "vivit_base_patch16x2_factorised_encoder",
+    "ViViT-L/16x2": "vivit_large_patch16x2_joint", "ViViT-L/16x2 FE": "vivit_large_patch16x2_factorised_encoder",
+    "ViViT-H/14x2": "vivit_huge_patch14x2_joint", "TimeSformer": "timesformer_base_divided",
+}
+
 
 def rows() -> dict[str, Row]:
     """Name -> (module, function, keyword arguments, paper, cfg)."""

@@ -110,7 +110,7 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, source:
             report.rows.append(Row(name, "dropped", f"{_shape(given.pop(name))}, " + (
                 "another classifier" if replace else "the model has no classifier")))
     for name in [*given]:
-        if name == "pos_embed" and name in wanted:
+        if name == "pos_embed" and name in wanted and name not in {row.name for row in report.rows}:
             fitted[name] = _position_table(model, given, source or {}, method, report)
         elif name in wanted and given[name].shape == wanted[name].shape:
             fitted[name] = given[name]
