@@ -50,22 +50,6 @@ def pixels_for(model, size: int = 64, frames: int = 4, batch: int = 2):
     return torch.randn(batch, 3, *((frames,) if model.ndim == 3 else ()), size, size)
 
 
-def fvcore_macs(model, size):
-    """As fvcore counts: besides multiply-adds 5 per element of a LayerNorm, 2 of a BatchNorm."""
-    norms = 0
-
-    def count(module, _, output):
-        nonlocal norms
-        norms += output.numel() * (5 if isinstance(module, nn.LayerNorm) else 2)
-
-    hooks = [module.register_forward_hook(count) for module in model.modules()
-             if isinstance(module, (nn.LayerNorm, nn.modules.batchnorm._BatchNorm))]
-    found = macs(model, size)
-    for hook in hooks:
-        hook.remove()
-    return found + norms
-
-
 # name, arguments, parameters, tensors in the state dict (None: not published), {(frames,) pixels: GMACs as fvcore counts}
 PUBLISHED = [
     ("uniformer_xxs", {}, 10_215_280, None, {128: 0.427, 160: 0.661, 192: 0.956, 224: 1.306}),
@@ -104,7 +88,7 @@ def test_parameters_keys_and_multiply_adds_are_the_published_ones():
             if model.ndim == 3:
                 model.pretrained_cfg["input_size"], size = (3, size[0], size[1], size[1]), size[1]
             digits = 0.0005 if gmacs < 10 else 0.005 if gmacs < 100 else 0.05  # what the table prints
-            assert fvcore_macs(model, size) / 1e9 == pytest.approx(gmacs, rel=1e-3, abs=digits), (name, kwargs, size)
+            assert macs(model, size, norms=True) / 1e9 == pytest.approx(gmacs, rel=1e-3, abs=digits), (name, kwargs, size)
 
 
 # name, arguments, input, (mean, standard deviation, first five) of the authors' code with the weights of sinfill.py

@@ -39,6 +39,7 @@ def models(
             ["paper", paper_name(name) or "-"],
             ["parameters", f"{num_parameters(model):,} with 1000 classes, {num_parameters(body):,} without classifier"],
             [f"forward, {sample}", f"{count / 1e9:.2f} GMACs (multiply-adds) = {2 * count / 1e9:.2f} GFLOPs (2 per MAC)"],
+            ["counted as fvcore does", f"{macs(model, img_size, norms=True) / 1e9:.2f} GMACs (norms too)"],
             ["training", f"{6 * count / 1e9:.1f} GFLOPs (forward and backward)"],
             ["activations kept", ", ".join(kept)]])
         return

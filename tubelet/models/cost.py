@@ -40,11 +40,20 @@ def input_shape(model: nn.Module, img_size: int | Sequence[int] | None = None) -
     return (*shape[:-2], height, width)
 
 
-def macs(model: nn.Module, img_size: int | Sequence[int] | None = None) -> int:
+def macs(model: nn.Module, img_size: int | Sequence[int] | None = None, *, norms: bool = False) -> int:
     """Multiply-adds of one forward pass of one sample. The model may be on any device, and is not touched.
 
-    A ViT counts at the `img_size` it was built for; models without a fixed size (ResNets) at any.
+    A ViT counts at the `img_size` it was built for; models without a fixed size (ResNets) at any. `norms` adds 5 for each
+    number that leaves a LayerNorm and 2 for a BatchNorm, as fvcore counts and the LV-ViT and UniFormer papers print.
     """
+    extra = 0
+
+    def count_norm(module: nn.Module, _: Any, output: torch.Tensor) -> None:
+        nonlocal extra
+        extra += output.numel() * (5 if isinstance(module, nn.LayerNorm) else 2)
+
+    kinds = (nn.LayerNorm, nn.modules.batchnorm._BatchNorm) if norms else ()
+    hooks = [module.register_forward_hook(count_norm) for module in model.modules() if isinstance(module, kinds)]
     state, pixels = _shadow(model), torch.empty((1, *input_shape(model, img_size)), device="meta")
     was_training = model.training
     model.eval()
@@ -53,7 +62,9 @@ def macs(model: nn.Module, img_size: int | Sequence[int] | None = None) -> int:
             functional_call(model, state, (pixels,))
     finally:
         model.train(was_training)
-    return counter.get_total_flops() // 2
+        for hook in hooks:
+            hook.remove()
+    return counter.get_total_flops() // 2 + extra
 
 
 def _shadow(model: nn.Module) -> dict[str, torch.Tensor]:
