@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import timm
 import torch
 from safetensors.torch import save_file
 from timm.layers import resample_abs_pos_embed
@@ -155,3 +156,18 @@ def test_what_cannot_be_read_says_what_to_do(tmp_path):
         with pytest.raises(CheckpointError) as caught:
             read_weights(spec)
         assert problem in caught.value.problem and hint in caught.value.hint, spec
+
+
+def test_a_swin_goes_to_another_window_as_timm_itself_would_take_it():
+    small = {"depths": (1, 1), "embed_dim": 12, "num_heads": (1, 2), "num_classes": 3}
+    source = timm.create_model("swin_tiny_patch4_window7_224", img_size=112, window_size=7, **small)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.normal_(0, 0.1)
+    ours, theirs = (timm.create_model("swin_tiny_patch4_window7_224", img_size=64, window_size=8, **small) for _ in range(2))
+    report = load_weights(ours, source.state_dict())
+    theirs.load_state_dict(timm.models.swin_transformer.checkpoint_filter_fn(source.state_dict(), theirs))
+    assert {name.rpartition(".")[2] for name in report.names("resized")} == {"relative_position_bias_table"}
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert ours.eval()(x).equal(theirs.eval()(x))

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from tubelet import safe_io
@@ -101,6 +102,8 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, source:
     if hasattr(model, "adapt_weights"):  # models with tables of their own make them from the source's
         given = model.adapt_weights(  # type: ignore[operator]
             given, method, lambda name, detail: report.rows.append(Row(name, "resized", detail)))
+    elif not isinstance(model, VisionTransformer):
+        given = _fit_bias_tables(model, given, report)
     fitted: State = {}
     heads = _head_names(model)
     replace = _replaces_head(given, wanted, heads, head)
@@ -135,6 +138,26 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, source:
         if replace:
             init_head(model, "zero", head_bias)
     return report
+
+
+def _fit_bias_tables(model: nn.Module, given: State, report: Report) -> State:
+    """Relative-position tables of another window (Swin and its kin), resampled as timm does; others as they are.
+
+    A table is [(2 h - 1)(2 w - 1), heads] for a window of h x w positions.
+    """
+    from timm.layers.pos_embed_rel import resize_rel_pos_bias_table
+
+    given = dict(given)
+    for name, table in given.items():
+        owner, _, leaf = name.rpartition(".")
+        own = model.state_dict().get(name)
+        if leaf != "relative_position_bias_table" or own is None or own.shape == table.shape:
+            continue
+        window: Any = model.get_submodule(owner).window_size
+        if table.shape[1] == own.shape[1]:  # other numbers of heads are an error of their own
+            given[name] = resize_rel_pos_bias_table(table, new_window_size=window, new_bias_shape=tuple(own.shape))
+            report.rows.append(Row(name, "resized", f"{_shape(table)} -> {_shape(own)}, window {window[0]} x {window[1]}"))
+    return given
 
 
 def _renamed(state: Mapping[str, torch.Tensor], key_map: Callable[[str], str | None] | None, report: Report) -> State:
