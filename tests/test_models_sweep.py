@@ -175,17 +175,23 @@ def test_trains_recomputes_and_comes_back(name):
     assert low.isfinite().all() and low.dtype == torch.bfloat16
 
 
-def compiled_equals_eager(name):
+def compiled_equals_eager(name, backend="aot_eager"):
     model = cut(name).eval()
     pixels = pixels_for(model)
     torch._dynamo.reset()
     with torch.no_grad():
-        torch.testing.assert_close(torch.compile(model, backend="aot_eager")(pixels), model(pixels), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(torch.compile(model, backend=backend)(pixels), model(pixels), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_compiles(name):
     compiled_equals_eager(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FAMILIES)
+def test_inductor_answers_the_same(name):  # a cold build takes up to a minute and wants a C++ compiler
+    compiled_equals_eager(name, "inductor")
 
 
 @pytest.mark.slow
