@@ -7,7 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from sinfill import five, sinfill, sinin
-from torch.utils._python_dispatch import TorchDispatchMode
+from watch import Largest
 
 from tubelet.errors import CheckpointError, ConfigError
 from tubelet.models import super_vit
@@ -205,21 +205,6 @@ def test_the_order_of_patches_does_not_matter():
         order = torch.cat([torch.zeros(1, dtype=torch.long), 1 + torch.randperm(196)])
         model._pos_embed = lambda tokens, embed=embed, order=order: embed(tokens)[:, order]
         torch.testing.assert_close(model(x, keep=0.5), expected, rtol=1e-9, atol=1e-9)
-
-
-class Largest(TorchDispatchMode):
-    """Remembers whether any tensor had rows and columns for every pair of tokens."""
-
-    def __init__(self, counts):
-        super().__init__()
-        self.counts, self.squares = counts, []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        for tensor in result if isinstance(result, (tuple, list)) else (result,):
-            if isinstance(tensor, torch.Tensor) and tensor.ndim >= 3 and all(n in self.counts for n in tensor.shape[-2:]):
-                self.squares.append((func, tuple(tensor.shape)))
-        return result
 
 
 def test_no_attention_matrix_is_made_where_tokens_are_ranked():

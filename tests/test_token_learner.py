@@ -7,6 +7,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
+from watch import Largest
 
 from tubelet.errors import ConfigError
 from tubelet.models.build import build_meta, build_model
@@ -228,3 +229,11 @@ def test_impossible_options_are_refused_by_name(kwargs, named):
     with pytest.raises(ConfigError, match=named) as caught:
         small(**kwargs)
     assert caught.value.hint
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"version": "1.0"}, {"fuser": True}], ids=str)
+def test_no_attention_matrix_is_ever_in_memory(kwargs):
+    model = small(img_size=88, num_tokens=5, **kwargs)  # 121 positions: a number that nothing else here has
+    with torch.no_grad(), Largest({121, 5}) as seen:
+        model(torch.randn(2, 3, 88, 88, dtype=torch.float64))
+    assert not [shape for _, shape in seen.squares if shape[-1] == shape[-2] == 121]
