@@ -171,3 +171,19 @@ def test_a_swin_goes_to_another_window_as_timm_itself_would_take_it():
     x = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert ours.eval()(x).equal(theirs.eval()(x))
+
+
+def test_another_depth_names_both_numbers_and_another_patch_size_is_resampled_on_request():
+    deep, flat, fine = (timm.create_model("vit_tiny_patch16_224", embed_dim=24, num_heads=2, **kwargs).eval() for kwargs in (
+        {"depth": 3}, {"depth": 2}, {"depth": 2, "patch_size": 32, "img_size": 448}))
+    with pytest.raises(CheckpointError, match="the weights have 3 blocks, the model 2"):
+        load_weights(flat, deep.state_dict())
+    with pytest.raises(CheckpointError, match="16 x 16 in the weights, 24 x 3 x 32 x 32 in the model") as caught:
+        load_weights(fine, flat.state_dict())
+    assert "init.patch_kernel=resample" in caught.value.hint
+    assert load_weights(fine, flat.state_dict(), patch_kernel="resample").names("resized") == ["patch_embed.proj.weight"]
+    x = torch.randn(1, 3, 224, 224)
+    enlarged = torch.nn.functional.interpolate(x, scale_factor=2, mode="bicubic", antialias=False)
+    with torch.no_grad():  # enlarged patches under the enlarged kernel say nearly the same
+        a, b = flat.patch_embed(x), fine.patch_embed(enlarged)
+    assert torch.nn.functional.cosine_similarity(a.flatten(), b.flatten(), dim=0) > 0.95

@@ -22,7 +22,7 @@ from torch import nn
 from tubelet import safe_io
 from tubelet.console import print_table
 from tubelet.errors import CheckpointError, Problems, nearest
-from tubelet.models.position import ResizeMethod, resample_pos_embed
+from tubelet.models.position import ResizeMethod, resample_patch_kernel, resample_pos_embed
 from tubelet.models.vit import init_head
 
 Action = Literal["loaded", "resized", "new", "dropped"]
@@ -81,13 +81,15 @@ def _shape(tensor: torch.Tensor) -> str:
 def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, source: Mapping[str, Any] | None = None,
                  method: ResizeMethod = "bicubic_antialias", head: Literal["auto", "replace", "keep"] = "auto",
                  head_bias: float = 0.0, key_map: Callable[[str], str | None] | None = None,
-                 allow_new: Iterable[str] = (), allow_dropped: Iterable[str] = ()) -> Report:
+                 allow_new: Iterable[str] = (), allow_dropped: Iterable[str] = (),
+                 patch_kernel: Literal["refuse", "resample"] = "refuse") -> Report:
     """Copy `state` into `model` (in place, in the model's types) and say what was done with every tensor.
 
     `source` is the cfg of the weights; its `input_size` tells the grid of a position table that is not square. A
     classifier is replaced by a zero one (bias `head_bias`) when asked, when the source has none, or, unless
     head="keep", when it has other classes. `key_map` renames source tensors first (None drops one). Names that match
     one of the regular expressions `allow_new` may be missing from the source, those of `allow_dropped` from the model.
+    `patch_kernel="resample"` takes patches of another size (FlexiViT's pseudo-inverse resize, 2212.08013).
 
     Nothing is changed when a `CheckpointError` is raised; it lists every tensor that cannot be explained.
     """
@@ -104,6 +106,8 @@ def load_weights(model: nn.Module, state: Mapping[str, torch.Tensor], *, source:
             given, method, lambda name, detail: report.rows.append(Row(name, "resized", detail)))
     elif not isinstance(model, VisionTransformer):
         given = _fit_bias_tables(model, given, report)
+    if patch_kernel == "resample":
+        given = _fit_patch_kernel(given, wanted, report)
     fitted: State = {}
     heads = _head_names(model)
     replace = _replaces_head(given, wanted, heads, head)
@@ -158,6 +162,17 @@ def _fit_bias_tables(model: nn.Module, given: State, report: Report) -> State:
             given[name] = resize_rel_pos_bias_table(table, new_window_size=window, new_bias_shape=tuple(own.shape))
             report.rows.append(Row(name, "resized", f"{_shape(table)} -> {_shape(own)}, window {window[0]} x {window[1]}"))
     return given
+
+
+def _fit_patch_kernel(given: State, wanted: Mapping[str, torch.Tensor], report: Report) -> State:
+    name = "patch_embed.proj.weight"
+    theirs, ours = given.get(name), wanted.get(name)
+    if theirs is None or ours is None or theirs.ndim != 4 or ours.ndim != 4:
+        return given
+    if theirs.shape == ours.shape or theirs.shape[:2] != ours.shape[:2]:
+        return given
+    report.rows.append(Row(name, "resized", f"{_shape(theirs)} -> {_shape(ours)}, pseudo-inverse"))
+    return {**given, name: resample_patch_kernel(theirs, (ours.shape[2], ours.shape[3]))}
 
 
 def _renamed(state: Mapping[str, torch.Tensor], key_map: Callable[[str], str | None] | None, report: Report) -> State:
@@ -243,10 +258,10 @@ def _find_problems(given: State, wanted: Mapping[str, torch.Tensor], fitted: Sta
             hint = "model.kwargs.class_token=false with global_pool: avg, as the weights were trained"
         else:
             hint = "weights of the same architecture (model.name, model.kwargs)"
-        problems.add(f"{_counted(fold, names)} of the model: not in the weights.", hint)
+        problems.add(f"{_counted(fold, names)} of the model: not in the weights{_depths(fold, given, wanted)}.", hint)
     for fold, names in unexpected.items():
         close = nearest(fold, [other for other in missing if other.count(".") == fold.count(".")])
-        problems.add(f"{_counted(fold, names)} of the weights: not in the model.",
+        problems.add(f"{_counted(fold, names)} of the weights: not in the model{_depths(fold, given, wanted)}.",
                      f"is it our {close[0]}? Rename it with a key map" if close else
                      "a model that has it (model.name, model.kwargs)")
     unfit: dict[tuple[str, str, str], list[str]] = {}
@@ -257,7 +272,19 @@ def _find_problems(given: State, wanted: Mapping[str, torch.Tensor], fitted: Sta
         hint = "init.head=replace" if names[0].rpartition(".")[0] in heads else (
             "weights whose cfg has their input_size, or a model with the same class and register tokens"
             if fold == "pos_embed" else "the width and patch size of the model that the weights come from")
+        if fold == "patch_embed.proj.weight" and theirs.split(" x ")[:2] == ours.split(" x ")[:2]:
+            hint = "the patch size of the weights, or init.patch_kernel=resample"
         problems.add(f"{_counted(fold, names)}: {theirs} in the weights, {ours} in the model.", hint)
+
+
+def _depths(fold: str, given: State, wanted: Mapping[str, torch.Tensor]) -> str:
+    """" (the weights have 6 blocks, the model 4)" when a numbered list of layers is longer on one side."""
+    prefix = fold.split(".*")[0] + "."
+    theirs, ours = (len({name[len(prefix):].split(".")[0] for name in state if name.startswith(prefix)})
+                    for state in (given, wanted))
+    if ".*" not in fold or theirs == ours or not theirs or not ours:
+        return ""
+    return f" (the weights have {theirs} {prefix.rstrip('.').rpartition('.')[2]}, the model {ours})"
 
 
 def _subtrees(names: list[str], other: Mapping[str, Any]) -> dict[str, list[str]]:

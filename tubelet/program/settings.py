@@ -36,6 +36,8 @@ class InitSettings(Settings):
     """`replace` = a new zero classifier; `keep` = load it; `auto` = keep it when the number of classes agrees."""
     resize: Literal["bicubic_antialias", "bilinear_align_corners"] = free("bicubic_antialias")
     """How a position table of another grid is resampled: as timm does, or as the papers' code does."""
+    patch_kernel: Literal["refuse", "resample"] = free("refuse")
+    """Weights of another patch size: refuse them, or resample the patch kernel (FlexiViT's pseudo-inverse resize)."""
     from_run: str | None = free(None)
     """Fork: weights, moments, EMA and data position of another run or one of its checkpoints, under this run's
     schedule."""

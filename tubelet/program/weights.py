@@ -23,7 +23,8 @@ def begin_from_weights(model: Any, init: InitSettings, settings: ModelSettings, 
     folder = checkpoint_folder(init.weights or "")
     state, source = dist.together(lambda: find_weights(init, folder, settings, seed))
     report = dist.together(lambda: load_weights(model, state, source=source, method=init.resize, head=init.head,
-                                                  head_bias=settings.head_bias))
+                                                  head_bias=settings.head_bias,
+                                                  patch_kernel=init.patch_kernel))
     if speaks:
         report.show(f"weights from {init.weights}")
     return source
