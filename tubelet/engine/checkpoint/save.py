@@ -194,9 +194,9 @@ def describe(engine: Engine, has_ema: bool, frozen: dict[str, torch.Tensor], sha
 
 
 def _rank_entries(engine: Engine, index: Index, ema: list[torch.Tensor] | None) -> list[Entry]:
-    entries = []
+    entries, flats = [], engine.flats()
     for number in index.ranks[engine.world.rank]:
-        flat = engine.flats()[number]
+        flat = flats[number]
         entries.append(entry(f"master.{number}", flat.master, flat=True))
         entries += [entry(f"{kind}.{number}", value, flat=True) for kind, value in flat_state(engine, flat)[0].items()]
         if ema is not None:
