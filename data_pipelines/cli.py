@@ -1,4 +1,4 @@
-"""`tubelet data`: write, index, verify shards, and say what they hold."""
+"""`tubelet data`: write, index, verify and repair shards, look at them, and say how a run would read them."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ import typer
 from data_pipelines.write_cli import write
 from tubelet.files import human_bytes
 
-app = typer.Typer(help="Write, index and verify WebDataset shards; say what they hold.", no_args_is_help=True,
-                  add_completion=False)
+app = typer.Typer(help="Write, index, verify and repair WebDataset shards; look at them before and while they are used.",
+                  no_args_is_help=True, add_completion=False)
 
+Target = Annotated[list[str], typer.Argument(metavar="SHARDS|CONFIG", help="Shards, or a recipe; key=value overrides it")]
 Shards = Annotated[list[str], typer.Argument(help="Shards: x-{0000..0063}.tar, a folder, URLs, made-up:...; several joined")]
 IndexDir = Annotated[str | None, typer.Option(help="Folder for indexes that do not lie beside their shards")]
 Label = Annotated[str | None, typer.Option(help="Where the label is: cls, txt or json:path.to.field")]
 Processes = Annotated[int, typer.Option(help="Shards looked at side by side", min=1)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there")]
 
 
@@ -92,3 +94,56 @@ def info(shards: Shards, index_dir: IndexDir = None) -> None:
         ("members of the first sample", ", ".join(f"{kind} ({size} bytes)" for kind, (_, size) in members.items())),
         ("label", source.label), ("classes", f"{len(classes)} ({shown})" if classes else "no classes.json"),
         ("order", order), ("digest", source.digest())])
+
+
+@app.command()
+def plan(target: Target,
+         nodes: Annotated[int, typer.Option(help="Nodes of the job", min=1)] = 1,
+         gpus_per_node: Annotated[int, typer.Option(help="GPUs, hence ranks, of each", min=1)] = 1,
+         global_batch: Annotated[int | None, typer.Option(help="global_batch_size; default: the recipe's", min=1)] = None,
+         micro_batch: Annotated[int | None, typer.Option(help="micro_batch_size; default: the recipe's", min=1)] = None,
+         workers: Annotated[int | None, typer.Option(help="data.workers; default: the recipe's", min=0)] = None,
+         need: Annotated[float | None, typer.Option(help="Images/s that one GPU trains, for the bytes per second")] = None,
+         cores: Annotated[int | None, typer.Option(help="CPU cores of a node; default: of this machine", min=1)] = None,
+         shm_gb: Annotated[float | None, typer.Option(help="/dev/shm of a node in 1e9 bytes; default: free here")] = None,
+         quality: Annotated[bool, typer.Option("--quality", help="Measure how well these shards are shuffled, too")] = False,
+         plot: Annotated[str | None, typer.Option(help="With --quality: a picture of it, e.g. shuffle.png")] = None,
+         index_dir: IndexDir = None, json: Json = False) -> None:
+    """Do shards, lanes, workers, ranks and batch fit, and what to change? Exit code 1 when a job cannot run like this."""
+    from dataclasses import replace
+    from json import dumps
+
+    from data_pipelines import plan as room
+    from data_pipelines.recipe import parse_target, read_recipe
+    from tubelet.console import print_table
+
+    recipe = read_recipe(parse_target(target), index_dir)
+    if workers is not None:
+        recipe.data.workers = workers
+    machine = room.this_machine()
+    machine = replace(machine, cores=cores or machine.cores,
+                      shm_bytes=machine.shm_bytes if shm_gb is None else int(shm_gb * 1e9))
+    found = room.plan_data(
+        recipe.data, nodes=nodes, gpus_per_node=gpus_per_node, global_batch_size=global_batch or recipe.global_batch_size,
+        micro_batch_size=micro_batch or recipe.micro_batch_size, max_micro_batch_size=recipe.max_micro_batch_size,
+        img_size=recipe.model.img_size, num_classes=recipe.model.num_classes, images_per_s=need, machine=machine)
+    measured = None
+    if (quality or plot) and found.runs:
+        from data_pipelines.quality import measure_recipe
+
+        measured = measure_recipe(recipe, global_batch or recipe.global_batch_size, found.micro_batch_size or 1)
+    if json:
+        print(dumps({**found.as_json(), **({"quality": measured.as_json()} if measured else {})}, indent=1))
+    else:
+        print_table("Plan", ["what", "value"], room.plan_rows(found))
+        if measured:
+            print_table(measured.title, measured.columns, measured.rows())
+        for item in found.advice:
+            print(f"{'problem' if item.fatal else 'warning'}: {item.problem}\n  Try: {item.hint}")
+        print("this job can run" if found.runs else "this job cannot run")
+    if plot and measured:
+        from data_pipelines.quality import draw
+
+        draw([measured], plot)
+    if not found.runs:
+        raise typer.Exit(1)
