@@ -54,7 +54,7 @@ class PyavVideo:
             raise BadSample("the video is empty (0 bytes)")
         options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
         try:
-            self.container: InputContainer | None = av.open(io.BytesIO(data), options=options, metadata_errors="replace")
+            self.container: Any = av.open(io.BytesIO(data), options=options, metadata_errors="replace")
         except (av.FFmpegError, ValueError) as error:
             raise _bad("it does not open as a video", error) from None
         try:
@@ -68,7 +68,7 @@ class PyavVideo:
         """Tables: packet of a frame, frame of a packet (-1: never shown), times. Packets then carry their own index as
         time stamp, by which the decoder's frames are known whatever it does with times."""
         packets = self.packets
-        self.context = packets[0].stream.codec_context
+        self.context: Any = packets[0].stream.codec_context
         shown = [i for i, packet in enumerate(packets) if _is_shown(packet, self.context.name)]
         if not shown:
             raise BadSample("no frame of the video is shown")
@@ -181,7 +181,7 @@ class _Painter:
     def add(self, frame: Any) -> None:
         width, height = self._size = self._size or (frame.width, frame.height)
         rgb = self._reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1)
-        plane = rgb.planes[0]
+        plane: Any = rgb.planes[0]
         rows = np.frombuffer(plane, np.uint8).reshape(-1, plane.line_size)[:height, :3 * width]
         self.images[frame.pts] = _upright(rows.reshape(height, width, 3), frame)
 
@@ -201,7 +201,7 @@ def _upright(image: np.ndarray, frame: Any) -> np.ndarray:
 def _packets(container: InputContainer, nbytes: int, max_pixels: int) -> list[Any]:
     """The whole packets of the video stream, in decode order; its decoder is set up but not opened."""
     import av
-    from av.stream import Disposition
+    from av.stream import Discard, Disposition
 
     streams = [s for s in container.streams.video if not s.disposition & Disposition.attached_pic]
     if not streams:
@@ -218,7 +218,7 @@ def _packets(container: InputContainer, nbytes: int, max_pixels: int) -> list[An
     context.options = {"max_pixels": str(max_pixels)}  # the stream's own headers may announce another size
     for other in container.streams:
         if other.index != stream.index:
-            other.discard = "ALL"
+            other.discard = Discard.all
     packets: list[Any] = []
     total, why = 0, None
     try:
