@@ -1,8 +1,11 @@
 """Little videos for tests, made with PyAV: every frame carries its number in black and white blocks, which survive
 compression, on a ground that moves."""
 
-import io
+import tempfile
+from fractions import Fraction
+from pathlib import Path
 
+import av
 import numpy as np
 
 ROWS, COLUMNS = 48, 80  # a picture: two rows of five blocks of 16 pixels (10 bits), and 16 rows of moving texture
@@ -32,16 +35,12 @@ def make_video(numbers=24, kind="mp4", codec="libx264", *, gop=12, fps=25, ticks
     `ticks` = presentation time of each in 1/1000 s instead of `fps`; `images` = the pictures themselves; `drop` = running
     numbers of encoded packets (in decode order) that are left out of the file; `context` = attributes of the encoder.
     """
-    from fractions import Fraction
-
-    import av
-
     numbers = range(numbers) if isinstance(numbers, int) else numbers
     images = [numbered(n) for n in numbers] if images is None else images
     defaults = {"libx264": {"preset": "ultrafast", "x264-params": "threads=1:bframes=2:b-adapt=0:ref=2:cabac=1:scenecut=0"},
                 "libvpx-vp9": {"deadline": "realtime", "cpu-used": "8"}, "libvpx": {"deadline": "realtime", "cpu-used": "8"}}
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format=_KINDS[kind], options=muxer or {}) as file:
+    target = tempfile.NamedTemporaryFile()  # not memory: `faststart` reads again what it wrote
+    with target, av.open(target.name, "w", format=_KINDS[kind], options=muxer or {}) as file:
         stream = file.add_stream(codec, rate=fps, options=defaults.get(codec, {}) | (options or {}))
         stream.height, stream.width = images[0].shape[:2]
         stream.pix_fmt, stream.gop_size = pix_fmt, gop
@@ -50,7 +49,7 @@ def make_video(numbers=24, kind="mp4", codec="libx264", *, gop=12, fps=25, ticks
         for name, value in context.items():
             setattr(stream.codec_context, name, value)
         if audio:
-            sound = file.add_stream("aac" if kind in ("mp4", "mov", "ts") else "libvorbis", rate=16000)
+            sound = file.add_stream("aac", rate=16000)
             packets = []
             for i in range(8):
                 noise = np.random.RandomState(i).randint(-9999, 9999, (1, 1024)).astype(np.float32) / 1e4
@@ -69,4 +68,5 @@ def make_video(numbers=24, kind="mp4", codec="libx264", *, gop=12, fps=25, ticks
         for i, packet in enumerate(packets):
             if i not in drop:
                 file.mux(packet)
-    return buffer.getvalue()
+        file.close()
+        return Path(target.name).read_bytes()
