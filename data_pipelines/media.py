@@ -25,7 +25,7 @@ import numpy as np
 
 from data_pipelines.decode import PICTURES, BadSample, decode_image
 from data_pipelines.settings import DataSettings
-from data_pipelines.video import fill_gaps, open_video
+from data_pipelines.video import arranged, fill_gaps, open_video
 
 VIDEOS = ("mp4", "webm", "mkv", "mov", "avi", "m4v", "mpg", "mpeg", "ts", "m2ts", "ogv", "flv", "wmv", "3gp")
 """Members that hold a video; of several the first in this list is the sample's."""
@@ -90,8 +90,7 @@ class NumberedPictures:
         sizes = sorted({image.shape[:2] for image in found.values()})
         if len(sizes) > 1:
             raise BadSample(f"its numbered pictures have several sizes ({sizes[0]} and {sizes[-1]} rows and columns)")
-        images = fill_gaps(found, wanted, why)
-        return np.stack([images[int(i)] for i in indices])
+        return arranged(fill_gaps(found, wanted, why), indices)
 
     def close(self) -> None:
         self.pictures = []

@@ -95,7 +95,7 @@ class PyavVideo:
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """See `Media.read`."""
-        wanted, back = np.unique(np.asarray(indices, dtype=np.int64), return_inverse=True)
+        wanted = np.unique(np.asarray(indices, dtype=np.int64))
         if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < self.frames:
             raise IndexError(f"frames {wanted[0]}..{wanted[-1]} of a video with {self.frames}")
         targets = np.sort(self.packet_of[wanted])
@@ -107,9 +107,7 @@ class PyavVideo:
             self._paint(painter, 0, lost[-1], np.array(lost))
         images = fill_gaps({int(self.frame_of[i]): image for i, image in painter.images.items()}, wanted.tolist(),
                            painter.why)
-        if len(wanted) == len(indices) and (back[1:] > back[:-1]).all():
-            return np.stack([images[int(i)] for i in wanted])
-        return np.stack([images[int(i)] for i in indices])
+        return arranged(images, indices)
 
     def close(self) -> None:
         """See `Media.close`."""
@@ -256,6 +254,14 @@ def fill_gaps(found: Mapping[int, np.ndarray], wanted: Sequence[int], why: str =
     return images
 
 
+def arranged(images: Mapping[int, np.ndarray], indices: Sequence[int]) -> np.ndarray:
+    """uint8 [n, H, W, 3], contiguous: the pictures with these numbers, in this order."""
+    out = np.empty((len(indices), *next(iter(images.values())).shape), dtype=np.uint8)  # np.stack keeps a turned layout
+    for place, i in enumerate(indices):
+        out[place] = images[int(i)]
+    return out
+
+
 def _bad(what: str, error: Exception) -> BadSample:
     return BadSample(f"{what} ({type(error).__name__}: {(getattr(error, 'strerror', None) or str(error))[:200]})")
 
@@ -293,8 +299,7 @@ class TorchcodecVideo:
                     found[i] = self.decoder.get_frame_at(i).data.numpy()
                 except (RuntimeError, IndexError) as error:
                     why = str(error).splitlines()[0]
-        images = fill_gaps(found, wanted, why)
-        return np.stack([images[int(i)] for i in indices])
+        return arranged(fill_gaps(found, wanted, why), indices)
 
     def close(self) -> None:
         """See `Media.close`."""
