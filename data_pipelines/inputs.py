@@ -23,12 +23,11 @@ import numpy as np
 
 from data_pipelines.decode import PICTURES, BadSample
 from data_pipelines.made_up import PictureSet, encode_png, made_up
-from data_pipelines.media import media_members
+from data_pipelines.media import VIDEOS
 from tubelet import safe_io
 from tubelet.errors import DataError, Problems, TubeletError, nearest
 from tubelet.files import sha256_file
 
-VIDEOS = ("mp4", "m4v", "webm", "mkv", "avi", "mov", "mpg", "mpeg")
 TABLES = (".csv", ".tsv", ".jsonl", ".parquet")
 EMPTY, ABSENT, FOREIGN = "is empty (0 bytes)", "does not exist", "is not a picture or video by its name"
 SHOWN = 20  # problems of one kind that are listed before the rest is only counted
@@ -187,11 +186,6 @@ class FileTable:
 def extension(name: str) -> str:
     """The last extension of a file name, lower case, without the dot."""
     return os.path.splitext(name)[1][1:].lower()
-
-
-def media_of(kinds: Sequence[str]) -> list[str]:
-    """Of a sample's members those that hold its picture or video; empty when there is none."""
-    return media_members(kinds) or next(([kind] for kind in VIDEOS if kind in kinds), [])
 
 
 def _class_folders(root: Path) -> Inputs:

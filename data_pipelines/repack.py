@@ -17,7 +17,8 @@ import numpy as np
 
 from data_pipelines.decode import label_member
 from data_pipelines.indexing import check_label_rule
-from data_pipelines.inputs import Inputs, Members, media_of
+from data_pipelines.inputs import Inputs, Members
+from data_pipelines.media import media_members
 from data_pipelines.progress import track
 from data_pipelines.reader import Reader
 from data_pipelines.scan import SampleRef, ShardTable, idx_bytes, scan_shard
@@ -121,7 +122,7 @@ def _beside(folder: str) -> list[str]:
 
 def _reasons(table: ShardTable, label_in: str) -> np.ndarray:
     """uint8 [n]: 0 fine, 1 no media, 2 empty media, 3 no label. Arrays: a loop over 10 M samples takes a minute."""
-    media = np.array([bool(media_of([kind])) for kind in table.vocabulary] or [False])[table.extensions]
+    media = np.array([bool(media_members([kind])) for kind in table.vocabulary] or [False])[table.extensions]
     labels = np.array([kind == label_in for kind in table.vocabulary] or [False])[table.extensions]
     ends = table.member_ends.astype(np.int64)
 

@@ -20,7 +20,8 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any, Literal
 
 from data_pipelines.decode import PICTURES, BadSample, decode_image, jpeg_header
-from data_pipelines.inputs import VIDEOS, Members, media_of
+from data_pipelines.inputs import Members
+from data_pipelines.media import VIDEOS, media_members
 from tubelet.errors import DataError, Problems
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ def treat(members: Members, treatment: Treatment, check: bool) -> Members:
     Raises `BadSample` for what does not decode.
     """
     found = dict(members)
-    for kind in media_of(list(members)):
+    for kind in media_members(list(members)):
         stem, dot, last = kind.rpartition(".")
         if last in PICTURES and (treatment.pictures or check):
             new, data = treat_picture(last, members[kind], treatment, check)
