@@ -110,6 +110,8 @@ def test_lists_of_all_kinds_give_the_same_shards_and_keep_their_columns(tmp_path
     text = refused(str(tmp_path / "a.parquet"), tmp_path / "no")
     assert "no `path` or no `label`" in text and "--path-column" in text
     assert "`colour`" in refused(str(tmp_path / "a.csv"), tmp_path / "no", columns=Columns("file", "kind", ("colour",)))
+    (tmp_path / "b.csv").write_bytes(b"path,label\n\xff\xfe,1\n")
+    assert "not a list in UTF-8" in refused(str(tmp_path / "b.csv"), tmp_path / "no")
     (tmp_path / "b.parquet").write_bytes(b"PAR1 no")
     assert "not a parquet file" in refused(str(tmp_path / "b.parquet"), tmp_path / "no")
 
@@ -230,7 +232,7 @@ def test_pictures_are_made_smaller_only_where_they_are_larger(tmp_path):
 
 
 def test_a_large_picture_is_made_smaller_in_its_cosine_transform_without_a_shift():
-    """Sides that no power of two divides; against decoding it whole with Pillow. A shift of half a pixel costs 15 dB."""
+    """Sides that no power of two divides; against decoding it whole. Sides rounded wrongly cost 20 dB."""
     rng, buffer = np.random.RandomState(0), io.BytesIO()
     large = Image.fromarray(rng.randint(0, 256, (60, 80, 3)).astype(np.uint8)).resize((1603, 1201), Image.Resampling.BICUBIC)
     large.save(buffer, "JPEG", quality=92)
