@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -207,6 +208,38 @@ def test_every_pixel_format_becomes_rgb_by_the_files_own_matrix_and_range():
         green = (y - kr * red - kb * blue) / (1 - kr - kb)
         found = open_one(buffer.getvalue()).read([1])[0, 20, 20]
         assert abs(found - [red, green, blue]).max() <= 3, (name, found)
+
+
+def test_frames_of_several_sizes_become_one_and_a_clip_has_a_limit():
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="webm") as file:
+        stream = None
+        for part, (width, height) in enumerate([(80, 48), (160, 96)]):  # a stream whose second half is larger
+            coder = av.CodecContext.create("libvpx", "w")
+            coder.width, coder.height, coder.pix_fmt, coder.thread_count = width, height, "yuv420p", 1
+            coder.time_base, coder.options = Fraction(1, 1000), {"deadline": "realtime", "cpu-used": "8"}
+            if stream is None:
+                stream = file.add_stream("libvpx", rate=25)
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            packets = []
+            for i in range(6):
+                image = numbered(6 * part + i).repeat(1 + part, 0).repeat(1 + part, 1)
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+                frame.pts, frame.time_base = (6 * part + i) * 40, coder.time_base
+                packets += coder.encode(frame)
+            for packet in packets + coder.encode(None):
+                packet.stream = stream
+                file.mux(packet)
+    media = open_one(buffer.getvalue(), "webm")
+    found = media.read([1, 4, 9])
+    assert found.shape == (3, 48, 80, 3) and [number_in(frame) for frame in found] == [1, 4, 9]
+    assert media.read([9]).shape == (1, 96, 160, 3)
+    with pytest.raises(BadSample, match="1 frames of 160x96 pixels, data.max_pixels is 3840"):  # its container said 80x48
+        open_one(buffer.getvalue(), "webm", max_pixels=3840).read([9])
+    few = open_one(make_video(20), max_pixels=ROWS * COLUMNS)
+    assert few.read(range(4)).shape[0] == 4
+    with pytest.raises(BadSample, match=rf"5 frames of {COLUMNS}x{ROWS} pixels, data.max_pixels is 3840 \(of a clip 4 x"):
+        few.read(range(5))
 
 
 def test_files_that_hold_no_frames_are_bad_samples_with_a_reason(tmp_path, film):
