@@ -9,9 +9,10 @@ into RGB. One thread decodes: parallelism is the loader's, over samples.
 * Rotated and mirrored videos are turned upright as players do (their display matrix). The aspect of a pixel is ignored, and
   of several sizes in a file that of the first frame decoded is everybody's.
 * Colours: RGB from the file's own matrix and range; more than 8 bits are rounded to 8, alpha is dropped, no tone mapping.
-* A file that ends early has the frames that are there. A wanted frame that does not decode is replaced by the wanted frame
-  before it (or the first after it), up to one in eight (`fill_gaps`); with more missing the sample is bad. What the
-  decoder conceals inside a frame counts as decoded, as for any player.
+* A file that ends early has the frames that are there, one cut out of a stream those from its first keyframe on. A wanted
+  frame that does not decode is replaced by the wanted frame before it (or the first after it), up to one in eight
+  (`fill_gaps`); with more missing the sample is bad. What the decoder conceals inside a frame counts as decoded, as for
+  any player.
 * Playlists and other formats that refer to more files are refused: no file but the sample's own bytes is ever opened.
 
 Legend: n frames asked for, H W rows cols.
@@ -73,17 +74,22 @@ class PyavVideo:
         time stamp, by which the decoder's frames are known whatever it does with times."""
         packets = self.packets
         self.context: Any = packets[0].stream.codec_context
-        shown = [i for i, packet in enumerate(packets) if _is_shown(packet, self.context.name)]
-        if not shown:
+        self.keys = np.array([i for i, packet in enumerate(packets) if packet.is_keyframe], dtype=np.int64)
+        stamps = [packet.dts if packet.pts is None else packet.pts for packet in packets]
+        clock = np.array([0 if stamp is None else stamp for stamp in stamps], dtype=np.float64)
+        shown = np.array([_is_shown(packet, self.context.name) for packet in packets])
+        if len(self.keys):  # what comes before the first keyframe, in the file or in time, refers to what was cut away
+            shown &= (np.arange(len(packets)) >= self.keys[0]) & (clock >= clock[self.keys[0]])
+        shown = np.flatnonzero(shown)
+        if not len(shown):
             raise BadSample("no frame of the video is shown")
-        ticks = [packets[i].pts if packets[i].pts is not None else packets[i].dts for i in shown]
-        ticks = np.array([0 if tick is None else tick for tick in ticks], dtype=np.float64)
+        ticks = clock[shown]
         order = np.argsort(ticks, kind="stable")
         seconds = float(packets[0].time_base)
         self.times: np.ndarray = (ticks[order] - ticks[order[0]]) * seconds
         for i, packet in enumerate(packets):
             packet.pts = i
-        self.packet_of = np.array(shown, dtype=np.int64)[order]
+        self.packet_of = shown[order]
         if times_may_lie and self.context.has_b_frames and (order[1:] > order[:-1]).all():
             # AVI has no presentation times, and libavformat's guess for H.264 is the order of packets: only the decoder
             # knows. What never comes out is no frame.
@@ -94,7 +100,6 @@ class PyavVideo:
             self.times = self.times[:len(found)]
         self.frame_of = np.full(len(packets), -1, dtype=np.int64)
         self.frame_of[self.packet_of] = np.arange(len(self.packet_of))
-        self.keys = np.array([i for i, packet in enumerate(packets) if packet.is_keyframe], dtype=np.int64)
         self.frames = len(self.packet_of)
 
     def read(self, indices: Sequence[int]) -> np.ndarray:

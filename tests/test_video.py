@@ -278,6 +278,40 @@ def test_a_file_that_ends_early_has_the_frames_that_are_there():
     assert (media.read(range(media.frames)) == whole[:media.frames]).all()
 
 
+def test_a_file_cut_out_of_a_stream_begins_at_its_first_keyframe():
+    for options in ({}, {"options": FILES["h264 mkv, open groups, pyramid"][2]["options"]}):
+        whole = PyavVideo(make_video(40, "mkv", **options), 10**9)
+        second = int(whole.keys[1])  # with open groups the pictures after it come before it, and refer to what is gone
+        for dropped in (1, second - 3, second):
+            media = open_one(make_video(40, "mkv", drop=range(dropped), **options), "mkv")
+            first = int(whole.frame_of[second])
+            assert [number_in(frame) for frame in media.read(range(media.frames))] == list(range(first, 40))
+
+
+def test_mutated_videos_give_frames_or_a_reason():
+    draw = np.random.RandomState(0)
+    films = [(kind, make_video(16, kind, codec, **options)) for kind, codec, options in FILES.values()]
+    outcomes = set()
+    for i in range(300):
+        kind, data = films[i % len(films)]
+        data = bytearray(data)
+        for _ in range(draw.randint(1, 12)):  # in the headers at both ends as often as between
+            place = draw.choice([draw.randint(600), len(data) - 1 - draw.randint(600), draw.randint(len(data))])
+            data[place % len(data)] = draw.choice([0, 1, 127, 128, 255, draw.randint(256)])
+        if i % 5 == 0:
+            del data[draw.randint(len(data)):]
+        try:
+            media = open_one(bytes(data), kind, max_pixels=10**6)
+            assert media.frames >= 1 and media.times.shape == (media.frames,) and (np.diff(media.times) >= 0).all()
+            wanted = np.unique(draw.randint(0, media.frames, 4))
+            assert len(media.read(wanted)) == len(wanted)
+            outcomes.add("frames")
+        except BadSample as error:
+            assert str(error)
+            outcomes.add(str(error)[:12])
+    assert len(outcomes) > 5
+
+
 def test_a_frame_that_does_not_decode_is_the_one_before_it_up_to_one_in_eight(monkeypatch):
     data = make_video(40, "webm", "libvpx-vp9", gop=8)
     media = open_one(data, "webm")
