@@ -87,7 +87,9 @@ def _read(file: BinaryIO, found: Survey) -> None:
     while True:
         try:
             member = tar.next()
-        except (tarfile.TarError, ValueError, OverflowError, RecursionError) as error:  # long names without content, ...
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:  # TarError, and of headers without sense ValueError, OverflowError, RecursionError, ...
             found.faults.append(f"it is damaged or cut short at byte {tar.offset}: {error}")
             tar.offset += BLOCK
             if tar.offset >= found.nbytes:
