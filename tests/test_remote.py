@@ -108,6 +108,7 @@ def test_what_no_patience_heals_fails_at_once_and_says_the_way_out(web):
     assert "adlfs" in refused("abfs://container/a.tar")
     with pytest.raises(DataError, match="no such file"):
         scan_shard(f"{web.url}/none.tar")
+    assert read_file(f"{web.url}/private/classes.json", optional=True) is None
     # whole files need no ranges
     assert Reader(1.0).read(f"{web.url}/whole/a.tar", 0, len(CONTENT)) == CONTENT
 
