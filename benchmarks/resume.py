@@ -106,7 +106,8 @@ def main() -> None:
     quickest = {name: min(run["first_batch_ms"] for run in found) for name, found in raw.items()}
     print(f"{'position':10s} {'start-up ms':>12s} {'first batch ms':>15s} {'(quickest)':>11s} {'CPU ms':>8s}")
     for name, row in medians.items():
-        print(f"{name:10s} {row['start_up_ms']:12.0f} {row['first_batch_ms']:15.0f} {quickest[name]:11.0f} {row['cpu_ms']:8.0f}")
+        print(f"{name:10s} {row['start_up_ms']:12.0f} {row['first_batch_ms']:15.0f} {quickest[name]:11.0f} "
+              f"{row['cpu_ms']:8.0f}")
     spent = [row["cpu_ms"] for row in medians.values()]
     spread, under = max(spent) / min(spent) - 1, max(quickest.values()) < 1000
     print(f"spread of CPU time {spread:.1%} (within 20 %: {'kept' if spread <= 0.2 else 'MISSED'}); under 1 s: "
