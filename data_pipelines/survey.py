@@ -91,7 +91,8 @@ def _read(file: BinaryIO, found: Survey) -> None:
             raise
         except Exception as error:  # TarError, and of headers without sense ValueError, OverflowError, RecursionError, ...
             found.faults.append(f"it is damaged or cut short at byte {tar.offset}: {error}")
-            tar.offset += BLOCK
+            chain = isinstance(error, RecursionError)  # of extended headers: looked through already, thousands at a time
+            tar.offset = max(tar.offset, file.tell() - BLOCK if chain else 0) + BLOCK
             if tar.offset >= found.nbytes:
                 break
             continue
