@@ -36,7 +36,8 @@ def bare(shards: Path, photos: Path) -> Iterator[int]:
             data = torch.from_numpy(np.fromfile(paths[number], dtype=np.uint8))
             image = decode_jpeg(data, mode=ImageReadMode.RGB)
             top, left, rows, cols = RandomResizedCrop.get_params(image, list(SCALE), list(RATIO))
-            view = F.interpolate(image[None, :, top:top + rows, left:left + cols], (224, 224), mode="bicubic", antialias=True)[0]
+            view = image[None, :, top:top + rows, left:left + cols]
+            view = F.interpolate(view, (224, 224), mode="bicubic", antialias=True)[0]
             batch[slot] = view.flip(-1) if torch.rand(()) < 0.5 else view
             slot += 1
             if slot == BATCH:
@@ -61,9 +62,11 @@ def timm_wds(shards: Path, photos: Path) -> Iterator[int]:
     """timm's WebDataset reader with its own training transform (PIL) and uint8 collation."""
     from timm.data import create_dataset, create_loader
 
-    dataset = create_dataset("wds/photos", root=str(shards), split="train", is_training=True, batch_size=BATCH, num_samples=None)
+    dataset = create_dataset("wds/photos", root=str(shards), split="train", is_training=True, batch_size=BATCH,
+                             num_samples=None)
     loader = create_loader(dataset, (3, 224, 224), BATCH, is_training=True, use_prefetcher=False, scale=SCALE, ratio=RATIO,
-                           interpolation="bicubic", num_workers=WORKERS, color_jitter=0.0, re_prob=0.0, persistent_workers=True)
+                           interpolation="bicubic", num_workers=WORKERS, color_jitter=0.0, re_prob=0.0,
+                           persistent_workers=True)
     while True:
         for pixels, _ in loader:
             yield len(pixels)
@@ -139,11 +142,12 @@ def main(cache: Path, pairs: int, count: int = 1920) -> None:
               "pictures": len(files), "bytes_per_picture": sum(files) / len(files), "batch": BATCH, "workers": WORKERS,
               "measured": count, "cpu_ms_per_image": raw, "images_per_s_wall": wall,
               "against": {name: ratio(raw["ours"], raw[name]) for name in LOADERS if name != "ours"}}
-    print(f"{'JPEG -> augmented uint8 224':30s} {'CPU ms/image':>12s} {'images/s/core':>14s} {'ours is x':>10s} {'(range)':>14s}")
+    print(f"{'JPEG -> uint8 224':30s} {'CPU ms/image':>12s} {'images/s/core':>14s} {'ours is x':>10s} {'(range)':>13s}")
     for name in LOADERS:
         middle = sorted(raw[name])[len(raw[name]) // 2]
         versus = ratio(raw["ours"], raw[name])
-        print(f"{name:30s} {middle:12.3f} {1e3 / middle:14.0f} {versus['median']:10.2f} ({versus['min']:.2f}-{versus['max']:.2f})")
+        print(f"{name:30s} {middle:12.3f} {1e3 / middle:14.0f} {versus['median']:10.2f} "
+              f"({versus['min']:.2f}-{versus['max']:.2f})")
     kept = record["against"]["bare loop"]["median"]
     print(f"against the bare loop: {kept:.3f} of its speed (at least 0.85: {'kept' if kept >= 0.85 else 'MISSED'})")
     write_result("images", record)

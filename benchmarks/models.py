@@ -22,7 +22,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import timm
 import torch
-
 from common import cpu_name
 
 import tubelet.models  # noqa: F401  (registers the names)
