@@ -38,20 +38,24 @@ class BadSample(Exception):
 
 
 def decode_image(data: bytes, *, decoder: str = "torchvision", exif: bool = False,
-                 max_pixels: int = 178_956_970) -> np.ndarray:
+                 max_pixels: int = 178_956_970, reduce: int = 1) -> np.ndarray:
     """Bytes of a picture -> uint8 [H, W, 3], contiguous and writable; of an animation its first frame.
 
+    `reduce` = 2, 4 or 8 decodes a JPEG at this part of its size, rounded up, in libjpeg's cosine transform; only for
+    pictures of which `reducible_size` says that it can be.
     Raises `BadSample` when they do not decode, or announce more than `max_pixels` (seen before anything is decoded).
     """
     if not data:
         raise BadSample("the picture is empty (0 bytes)")
     try:
         if decoder == "pil" or not data.startswith(b"\xff\xd8\xff"):
-            return _decode_pil(data, exif, max_pixels)
+            return _decode_pil(data, exif, max_pixels, reduce)
         height, width, channels = jpeg_header(data)
         _check_size(height, width, max_pixels)
         if channels == 4:  # CMYK, YCCK: simplejpeg cannot, and one conversion for all decoders is better than three
             return _decode_pil(data, exif, max_pixels)
+        if reduce > 1:
+            return _decode_simplejpeg(data, min_height=-(-height // reduce), min_width=-(-width // reduce))
         image = _decode_simplejpeg(data) if decoder == "simplejpeg" else _decode_torchvision(data)
         return orient(image, _exif_orientation(data)) if exif else image
     except (BadSample, MemoryError, ImportError):
@@ -85,6 +89,19 @@ def jpeg_header(data: bytes) -> tuple[int, int, int]:
     raise BadSample("JPEG without a frame header")
 
 
+def reducible_size(data: bytes, exif: bool = False) -> tuple[int, int] | None:
+    """(height, width) of a picture that can be decoded at a part of its size: a JPEG in grey or YCbCr. None for others, for
+    those that `exif` turns, and for broken ones, on which decoding will tell."""
+    if not data.startswith(b"\xff\xd8\xff"):
+        return None
+    try:
+        height, width, channels = jpeg_header(data)
+        turned = exif and _exif_orientation(data) not in (0, 1)
+    except Exception:  # whatever is wrong with it, decode_image says it
+        return None
+    return None if channels == 4 or turned or not height or not width else (height, width)
+
+
 def orient(image: np.ndarray, orientation: int) -> np.ndarray:
     """Turn [H, W, 3] upright by its EXIF orientation 1..8 (anything else: as it is)."""
     if orientation in (5, 6, 7, 8):  # stored lying on its side
@@ -112,13 +129,13 @@ def _decode_torchvision(data: bytes) -> np.ndarray:
     return np.ascontiguousarray(pixels.permute(1, 2, 0).numpy())  # decoded as [H, W, 3]: no copy
 
 
-def _decode_simplejpeg(data: bytes) -> np.ndarray:
+def _decode_simplejpeg(data: bytes, **least: int) -> np.ndarray:
     import simplejpeg
 
-    return np.require(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True), requirements=["C", "W"])
+    return np.require(simplejpeg.decode_jpeg(data, colorspace="RGB", strict=True, **least), requirements=["C", "W"])
 
 
-def _decode_pil(data: bytes, exif: bool, max_pixels: int) -> np.ndarray:
+def _decode_pil(data: bytes, exif: bool, max_pixels: int, reduce: int = 1) -> np.ndarray:
     from PIL import Image
 
     # data.max_pixels is the limit here; PIL's own would refuse some pictures that the user allowed.
@@ -126,6 +143,8 @@ def _decode_pil(data: bytes, exif: bool, max_pixels: int) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data), formats=_PIL_FORMATS) as image:
             _check_size(image.height, image.width, max_pixels)
+            if reduce > 1:
+                image.draft(None, (image.width // reduce, image.height // reduce))  # type: ignore[arg-type] - as it is
             array = _rgb(image)
             return orient(array, image.getexif().get(_ORIENTATION, 1)) if exif else array
     finally:
@@ -153,8 +172,12 @@ def _exif_orientation(data: bytes) -> int:
         return image.getexif().get(_ORIENTATION, 1)
 
 
-def require_decoder(name: str) -> None:
-    """Import the decoder, so that its absence is an error at start-up (and forked workers have it already)."""
+def require_decoder(name: str, reduced: bool = False) -> None:
+    """Import the decoder, so that its absence is an error at start-up (and forked workers have it already). `reduced`: it
+    must be able to decode at a part of the size (`data.reduced_decode`)."""
+    if reduced and name == "torchvision":
+        raise ConfigError("`data.reduced_decode` is true, but `data.decoder` is torchvision, which decodes whole pictures "
+                          "only.", "data.decoder=simplejpeg (pip install simplejpeg) or data.decoder=pil")
     try:
         if name == "torchvision":
             import torch

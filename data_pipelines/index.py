@@ -16,15 +16,17 @@ import json
 import os
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data_pipelines.indexing import cached_folder, index_command, write_index
-from data_pipelines.once import build_once
+from data_pipelines.once import build_once, cache_folder
+from data_pipelines.remote import Stat, Storage, persist, read_file, stat
 from data_pipelines.scan import SampleRef, ShardTable, read_idx
 from data_pipelines.settings import SourceSettings
 from data_pipelines.shards import (
@@ -43,6 +45,8 @@ from tubelet.errors import DataError, Problems
 
 TABLE_BYTES = 128 * 2**20  # memory a process gives to .idx tables
 MANY_SHARDS = 2048  # beyond this only rank 0 asks for sizes: thousands of ranks would storm the file system
+OPEN_SECONDS = 20.0  # patience with storage while a source is opened: somebody may be waiting at a terminal
+READ_SECONDS = 300.0  # and in the middle of a run
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,8 @@ class ShardInfo:
     idx: str
     """Path or URL of its .idx file."""
     idx_sha256: str
+    tag: str = ""
+    """ETag, checksum or time of a remote shard, when it was asked for; changes with its content."""
 
 
 class SourceIndex:
@@ -66,8 +72,13 @@ class SourceIndex:
     It can be sent to worker processes: tables stay behind.
     """
 
-    def __init__(self, name: str, infos: Sequence[ShardInfo], label: str = "cls", classes: list[str] | None = None):
+    def __init__(self, name: str, infos: Sequence[ShardInfo], label: str = "cls", classes: list[str] | None = None, *,
+                 storage: Storage | None = None, copies: Path | None = None):
         self.name = name
+        self.storage = dict(storage or {})
+        """Options of the file system of remote shards."""
+        self.copies = copies
+        """Folder where .idx files of remote shards are kept, so that not every worker of a node downloads them."""
         self.shards = list(infos)
         self.counts = np.array([info.count for info in infos], dtype=np.int64)
         self.label = label
@@ -98,7 +109,7 @@ class SourceIndex:
         found = self._tables.get(shard)
         if found is None:
             info = self.shards[shard]
-            content = _read_bytes(info.idx)
+            content = self._idx(info)
             if content is None:
                 raise DataError(f"{info.idx} is missing, the index of shard {info.name}.", _anew(info))
             if hashlib.sha256(content).hexdigest() != info.idx_sha256:
@@ -112,6 +123,26 @@ class SourceIndex:
         else:
             self._tables.move_to_end(shard)
         return found
+
+    def _idx(self, info: ShardInfo) -> bytes | None:
+        if not is_remote(info.idx) or self.copies is None:
+            return _read_bytes(info.idx, self.storage, READ_SECONDS)
+        copy = self.copies / f"{info.idx_sha256}.idx"
+        try:
+            content = copy.read_bytes()
+            if hashlib.sha256(content).hexdigest() == info.idx_sha256:
+                return content
+        except OSError:
+            pass
+        content = _read_bytes(info.idx, self.storage, READ_SECONDS)
+        try:
+            temporary = copy.with_name(f".{copy.name}.{os.getpid()}.tmp")
+            self.copies.mkdir(parents=True, exist_ok=True)
+            temporary.write_bytes(content or b"")
+            os.replace(temporary, copy)
+        except OSError:
+            pass  # a full or read-only disk: it is downloaded again next time
+        return content
 
     def sample(self, shard: int, index: int) -> SampleRef:
         """Key, URL and members {extension: (offset, size)} of sample `index` of shard number `shard`."""
@@ -131,7 +162,7 @@ def open_source(settings: SourceSettings, *, index_dir: str | None = None, world
     come on rank 0 alone: call it inside `dist.together`.
     """
     urls = resolve_shards(settings.shards, index_dir)
-    known = known_shards(urls, index_dir)
+    known = known_shards(urls, index_dir, settings.storage)
     if known.lacking:
         _add_cached(known, _cached_index(known.lacking, settings, index_dir, world))
     infos = [known.infos[url] for url in urls]
@@ -140,9 +171,25 @@ def open_source(settings: SourceSettings, *, index_dir: str | None = None, world
                         f"({infos[0].url}{' ...' if len(infos) > 1 else ''}).",
                         "check `shards`; a sample is a group of members such as 0001.jpg and 0001.cls")
     if world is None or world.rank == 0 or len(infos) <= MANY_SHARDS:
-        check_sizes(infos).raise_if_any()
+        tags: dict[str, str] = {}
+        check_sizes(infos, settings.storage, tags).raise_if_any()
+        if len(infos) <= MANY_SHARDS:  # on all ranks or on none: the tag is part of a shard's name in the node's cache
+            infos = [replace(info, tag=tags.get(info.url, "")) for info in infos]
     label = settings.label if "label" in settings.model_fields_set else known.label
-    return SourceIndex(settings.name, infos, label, known.classes)
+    return SourceIndex(settings.name, infos, label, known.classes, storage=settings.storage,
+                       copies=cache_folder(index_dir) / "idx")
+
+
+def storage_of(indexes: Iterable[SourceIndex]) -> dict[str, Storage]:
+    """For `Reader`: options of the file systems, by folder of the shards."""
+    return {folder_of(info.url): index.storage for index in indexes if index.storage
+            for info in index.shards if is_remote(info.url)}
+
+
+def stamps_of(indexes: Iterable[SourceIndex]) -> dict[str, str]:
+    """For `Cache`: what a remote shard's content is known by, by URL. A shard that changes gets another one."""
+    return {info.url: f"{info.nbytes}-{info.idx_sha256}-{info.tag}" for index in indexes for info in index.shards
+            if is_remote(info.url)}
 
 
 # ------------------------------------------------------------------------------------------------------ finding one
@@ -160,12 +207,12 @@ class Known:
     classes: list[str] | None = None
 
 
-def known_shards(urls: Sequence[str], index_dir: str | None = None) -> Known:
+def known_shards(urls: Sequence[str], index_dir: str | None = None, storage: Storage | None = None) -> Known:
     """Looks for indexes beside the shards, then in the cache; builds none. Damaged or lacking entries are a `DataError`."""
     known = Known({}, [])
     problems = Problems(DataError, "Shards do not agree with their index:")
     for folder, members in by_folder(urls).items():
-        content = _read_bytes(beside(members[0], INDEX_NAME))
+        content = _read_bytes(beside(members[0], INDEX_NAME), storage)
         if content is None:
             known.lacking += members
             continue
@@ -179,7 +226,7 @@ def known_shards(urls: Sequence[str], index_dir: str | None = None) -> Known:
                 continue
             known.infos[url] = _info(entry, url, beside(url, f"{entry['name']}.idx"))
         if known.classes is None:
-            known.classes = _read_classes(beside(members[0], "classes.json"))
+            known.classes = _read_classes(beside(members[0], "classes.json"), storage)
     problems.raise_if_any()
     if known.lacking and (folder := cached_folder(known.lacking, index_dir)).exists():
         _add_cached(known, folder)
@@ -226,56 +273,62 @@ def _anew(info: ShardInfo) -> str:
     return f"remove {folder_of(info.idx)}" + (", then tubelet data index" if is_remote(info.url) else " and start again")
 
 
-def check_sizes(infos: Sequence[ShardInfo]) -> Problems:
-    """Every shard that vanished or whose size is not the one in the index, as problems (none: all is well)."""
+def check_sizes(infos: Sequence[ShardInfo], storage: Storage | None = None, tags: dict[str, str] | None = None) -> Problems:
+    """Every shard that vanished or whose size is not the one in the index, as problems (none: all is well). Fills `tags`
+    with those of remote shards."""
     problems = Problems(DataError, "Shards are not what their index says:")
     gone = [info for info in infos if not is_remote(info.url) and not os.path.exists(info.url)]
     problems.items += missing(info.url for info in gone)
-    for info, size in _sizes([info for info in infos if info not in gone] if gone else infos):
-        if size is not None and size != info.nbytes:
-            what = "cut short" if size < info.nbytes else "longer than it was"
-            problems.add(f"{info.url} has {size} bytes, its index says {info.nbytes}: it is {what}.",
+    for info, found in _stats([info for info in infos if info not in gone] if gone else infos, storage):
+        if isinstance(found, DataError):
+            problems.items.append(found)
+        elif found.size != info.nbytes:
+            what = "cut short" if found.size < info.nbytes else "longer than it was"
+            problems.add(f"{info.url} has {found.size} bytes, its index says {info.nbytes}: it is {what}.",
                          f"copy the shard again; if it was meant to change: {_anew(info)}")
+        elif tags is not None:
+            tags[info.url] = found.tag
     return problems
 
 
-def _sizes(infos: Sequence[ShardInfo]) -> Iterator[tuple[ShardInfo, int | None]]:
-    remote: dict[str, list[ShardInfo]] = {}
+def _stats(infos: Sequence[ShardInfo], storage: Storage | None) -> Iterator[tuple[ShardInfo, Stat | DataError]]:
+    remote = [info for info in infos if is_remote(info.url)]
     for info in infos:
-        if is_remote(info.url):
-            remote.setdefault(info.url.split("://")[0], []).append(info)
-        else:
-            yield info, os.stat(info.url).st_size
-    for group in remote.values():
+        if not is_remote(info.url):
+            yield info, Stat(os.stat(info.url).st_size)
+    if not remote:
+        return
+
+    def ask(info: ShardInfo) -> Stat | DataError:
         try:
-            import fsspec
+            return persist(lambda: stat(info.url, storage), info.url, "its size", OPEN_SECONDS)
+        except DataError as error:
+            return error
 
-            file_system, _ = fsspec.core.url_to_fs(group[0].url)
-            sizes = file_system.sizes([info.url for info in group])
-        except Exception as error:  # every protocol has its own kinds
-            raise DataError(f"The sizes of the shards at {folder_of(group[0].url)} cannot be read: "
-                            f"{type(error).__name__}: {str(error)[:300]}.", "check network, credentials and names") from None
-        yield from zip(group, sizes)
+    with ThreadPoolExecutor(min(16, len(remote))) as pool:
+        failures = 0
+        for info, found in zip(remote, pool.map(ask, remote)):
+            yield info, found
+            failures += isinstance(found, DataError)
+            if failures == 10:  # a network that is down would say the same of every shard
+                pool.shutdown(cancel_futures=True)
+                return
 
 
-def _read_bytes(url: str) -> bytes | None:
+def _read_bytes(url: str, storage: Mapping[str, Any] | None = None, seconds: float = OPEN_SECONDS) -> bytes | None:
     """Content of a small file, local or remote; None when there is none."""
+    if is_remote(url):
+        return persist(lambda: read_file(url, storage), url, "the whole file", seconds)
     try:
-        if not is_remote(url):
-            return Path(url).read_bytes()
-        import fsspec
-
-        with fsspec.open(url, "rb") as file:
-            return file.read()  # type: ignore[union-attr]
+        return Path(url).read_bytes()
     except FileNotFoundError:
         return None
-    except Exception as error:  # every protocol has its own kinds
-        raise DataError(f"{url} cannot be read: {type(error).__name__}: {str(error)[:300]}.",
-                        "check network, credentials and permissions") from None
+    except OSError as error:
+        raise DataError(f"{url} cannot be read: {error.strerror}.", "check the path and its permissions") from None
 
 
-def _read_classes(url: str) -> list[str] | None:
-    content = _read_bytes(url)
+def _read_classes(url: str, storage: Storage | None = None) -> list[str] | None:
+    content = _read_bytes(url, storage)
     if content is None:
         return None
     try:

@@ -9,7 +9,7 @@ import hashlib
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ from data_pipelines.scan import idx_bytes, scan_shard
 from data_pipelines.shards import INDEX_NAME, base_name, by_folder, expand, is_remote, missing, resolve_shards
 from tubelet.errors import DataError, Problems, TubeletError
 from tubelet.files import write_atomic, write_json
+from tubelet.redact import identity, redact
 
 
 def cached_folder(urls: Sequence[str], index_dir: str | None) -> Path:
     """Where the index of these shards is kept when it does not lie beside them."""
-    digest = hashlib.sha256("\n".join(urls).encode()).hexdigest()[:20]
+    digest = hashlib.sha256("\n".join(map(identity, urls)).encode()).hexdigest()[:20]  # signatures change from job to job
     return cache_folder(index_dir) / "index" / digest
 
 
@@ -46,11 +47,13 @@ def _scan_one(job: tuple[str, str]) -> tuple[str, int, int, str] | tuple[str, st
 
 
 def write_index(folder: Path, urls: Sequence[str], *, beside_shards: bool, label: str = "cls", split: str = "train",
-                classes: Sequence[str] | None = None, processes: int = 1) -> dict[str, Any]:
+                classes: Sequence[str] | None = None, processes: int = 1,
+                made: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Scans the shards and writes .idx files, index.json, _info.json (and classes.json) into `folder`; returns index.json.
 
     `beside_shards`: `folder` is the shards' own. `processes` > 1 scans in that many processes. All damaged shards are
-    reported together, and index.json is written last, only when there are none.
+    reported together, and index.json is written last, only when there are none. `made` is recorded there: how the shards
+    were written.
     """
     idx = [f"{base_name(url)}.idx" if beside_shards else f"{i:05d}-{base_name(url)}.idx" for i, url in enumerate(urls)]
     jobs = [(url, str(folder / name)) for url, name in zip(urls, idx)]
@@ -62,11 +65,11 @@ def write_index(folder: Path, urls: Sequence[str], *, beside_shards: bool, label
             continue
         url, nbytes, samples, digest = result
         entry: dict[str, Any] = {"name": base_name(url), "bytes": nbytes, "samples": samples, "idx_sha256": digest}
-        entries.append(entry if beside_shards else {**entry, "idx": name, "url": url})
+        entries.append(entry if beside_shards else {**entry, "idx": name, "url": redact(url)})
     problems.raise_if_any()
     total = sum(entry["samples"] for entry in entries)
     index = {"format": 1, "label": label, "num_samples": total, "bytes": sum(entry["bytes"] for entry in entries),
-             "shards": entries}
+             "shards": entries} | ({"made": dict(made)} if made else {})
     write_json(folder / "_info.json", {"splits": {split: {
         "name": split, "num_samples": total, "filenames": [entry["name"] for entry in entries],
         "shard_lengths": [entry["samples"] for entry in entries]}}})

@@ -1,4 +1,4 @@
-"""Made-up pictures: data sets that need no download, drawn from formulas by (seed, sample number).
+"""Made-up pictures and videos: data sets that need no download, drawn from formulas by (seed, sample number).
 
 * `fractals`: every class is one random iterated function system of 2-8 contracting affine maps; its pictures are point
   clouds of the attractor with the maps' parameters, rotation, flip and colours varied (Kataoka et al., "Pre-training
@@ -6,9 +6,13 @@
   2022). Learning the classes teaches shapes, since colours say nothing.
 * `digits`: scikit-learn's 1 797 handwritten digits (8 x 8 grey), enlarged; a fixed stratified split, a fifth is the test.
 * `photos`: smooth random colours with one blob whose hue is the class; JPEG of varying aspect, for tiny runs.
+* `videos`: a blob that drifts over still smooth colours and comes in again at the other side; its direction and speed are
+  the class, so no single frame tells it. H.264 in mp4, 25 frames a second, a keyframe at least every 12;
+  an odd size is one larger.
 
 A set is named by a word: `made-up:fractals?n=2000&size=64&classes=10&seed=0`. The same word gives the same pictures: random
-numbers are raw Philox words. Here nothing is written but by `ensure_made_up`.
+numbers are raw Philox words (the bytes of videos are those of one version of x264). Here nothing is written but by
+`ensure_made_up`.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import parse_qsl
 
 import numpy as np
@@ -33,8 +38,9 @@ OPTIONS = {
     "fractals": {"n": 2000, "size": 64, "classes": 10, "seed": 0},
     "digits": {"split": "train", "size": 32},
     "photos": {"n": 200, "size": 64, "classes": 10, "seed": 0},
+    "videos": {"n": 40, "size": 48, "frames": 24, "classes": 5, "seed": 0},
 }
-_FRACTAL_CLASS, _FRACTAL, _PHOTO, _DIGITS = 16, 17, 18, 19  # what random words are for; part of their key
+_FRACTAL_CLASS, _FRACTAL, _PHOTO, _DIGITS, _VIDEO = 16, 17, 18, 19, 20  # what random words are for; part of their key
 
 
 @dataclass(frozen=True)
@@ -102,6 +108,10 @@ def made_up(spec: str) -> PictureSet:
         return _digits(str(options["split"]), int(options["size"]))
     n, size, classes, seed = (int(options[key]) for key in ("n", "size", "classes", "seed"))
     labels = np.arange(n, dtype=np.int64) % classes
+    if kind == "videos":
+        frames = int(options["frames"])
+        return PictureSet(labels, lambda i: ("mp4", encode_mp4(moving(seed, i, i % classes, classes, size, frames)), ""),
+                          [f"drift {k}" for k in range(classes)])
     if kind == "fractals":
         return PictureSet(labels, lambda i: ("png", encode_png(fractal(seed, i, i % classes, size)), ""),
                           [f"fractal {k}" for k in range(classes)])
@@ -263,3 +273,51 @@ def _digits(split: str, size: int) -> PictureSet:
         return "png", encode_png(np.asarray(large)), ""
 
     return PictureSet(labels[numbers], sample, [str(k) for k in range(10)])
+
+
+# ---------------------------------------------------------------------------------------------------- videos
+
+
+def drift(label: int, classes: int) -> tuple[float, float]:
+    """(rows, columns) that the blob of a class moves from frame to frame, as parts of the size: up to eight directions, and
+    as many speeds as it takes."""
+    speeds = -(-classes // 8)
+    directions = -(-classes // speeds)
+    angle, speed = 2 * np.pi * (label % directions) / directions, (1 + label // directions) / (16 * speeds)
+    return float(speed * np.sin(angle)), float(speed * np.cos(angle))
+
+
+def moving(seed: int, number: int, label: int, classes: int, size: int, frames: int) -> np.ndarray:
+    """uint8 [T, size, size, 3] (an even size): video `number` of the class `label`."""
+    from PIL import Image
+
+    size += size % 2
+    u = uniform(seed, _VIDEO, number, 64)
+    few = (u[:48].reshape(4, 4, 3) * 120).astype(np.uint8)
+    ground = np.asarray(Image.fromarray(few).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float32)
+    colour, start = 155 + 100 * u[48:51], u[51:53]
+    where = start + np.arange(frames)[:, None] * drift(label, classes)  # [T, 2], uniform on the torus in every frame
+    grid = (np.arange(size) + 0.5) / size
+    away = np.abs((grid - where[:, :, None] + 0.5) % 1 - 0.5)  # [T, 2, size]: rows, columns
+    distance = away[:, 0, :, None] ** 2 + away[:, 1, None, :] ** 2
+    cover = np.exp(-((distance / (0.12 + 0.06 * u[53]) ** 2) ** 2))[..., None]
+    return np.clip(ground * (1 - cover) + colour * cover, 0, 255).astype(np.uint8)
+
+
+def encode_mp4(images: np.ndarray, fps: int = 25, gop: int = 12) -> bytes:
+    """H.264 in mp4 of uint8 [T, H, W, 3] (even H and W); one thread and no date in it: the same bytes each time."""
+    from fractions import Fraction
+
+    import av
+
+    buffer = io.BytesIO()
+    options = {"preset": "veryfast", "crf": "18", "x264-params": "threads=1:cpu-independent=1:log-level=error"}
+    with av.open(buffer, "w", format="mp4", options={"fflags": "+bitexact"}) as file:
+        stream: Any = file.add_stream("libx264", rate=fps, options=options)
+        stream.height, stream.width, stream.pix_fmt, stream.gop_size = images.shape[1], images.shape[2], "yuv420p", gop
+        for i, image in enumerate(images):
+            frame = av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")
+            frame.pts, frame.time_base = i, Fraction(1, fps)
+            file.mux(stream.encode(frame))
+        file.mux(stream.encode(None))
+    return buffer.getvalue()

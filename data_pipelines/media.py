@@ -3,18 +3,34 @@
 The members of a sample become a `Media`, which knows how many frames it has and when they are shown, and decodes those that
 are asked for; `clips.py` says which. Nothing here is random and nothing reads files.
 
+Of the members of a sample, the first of these that is there is its media, and the others are not read:
+
+1. a video: `mp4`, `webm`, ... in the order of `VIDEOS`; a picture beside it is its thumbnail;
+2. numbered pictures: `000001.jpg 000002.jpg ...`, three digits or more, all of one width and one suffix (`scan.py` refuses
+   shards where they are not). They are a video's frames in the order of their numbers. Where numbers are missing there is
+   no frame; `times` are the numbers, counted from the first, at one a second since nothing tells the rate. So `unit: frames`
+   counts the pictures that exist, and `unit: seconds` counts numbers and shows the picture before a gap;
+3. a picture: `jpg`, `png`, ... in the order of `PICTURES`.
+
 Legend: n frames asked for, T frames of a clip, H W rows cols.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from data_pipelines.decode import PICTURES, BadSample, decode_image
 from data_pipelines.settings import DataSettings
+from data_pipelines.video import arranged, fill_gaps, open_video
+
+VIDEOS = ("mp4", "webm", "mkv", "mov", "avi", "m4v", "mpg", "mpeg", "ts", "m2ts", "ogv", "flv", "wmv", "3gp")
+"""Members that hold a video; of several the first in this list is the sample's."""
+NUMBERED = re.compile(rf"(\d{{3,}})\.({'|'.join(PICTURES)})")
+"""Members that are one frame each."""
 
 
 class Media(Protocol):
@@ -52,15 +68,60 @@ class Still:
         pass
 
 
+class NumberedPictures:
+    """Pictures that are the frames of a video; only those that are asked for are decoded."""
+
+    def __init__(self, members: Mapping[str, bytes], settings: DataSettings):
+        names = sorted(members)
+        numbers = np.array([int(name.partition(".")[0]) for name in names], dtype=np.float64)
+        self.pictures, self.settings = [members[name] for name in names], settings
+        self.frames, self.times = len(names), numbers - numbers[0]
+
+    def read(self, indices: Sequence[int]) -> np.ndarray:
+        """See `Media.read`. A picture that does not decode is replaced as a video's frame (`fill_gaps`)."""
+        wanted = sorted({int(i) for i in indices})
+        found: dict[int, np.ndarray] = {}
+        why = ""
+        for i in wanted:
+            try:
+                found[i] = _decode(self.pictures[i], self.settings)
+            except BadSample as error:
+                why = str(error)
+        sizes = sorted({image.shape[:2] for image in found.values()})
+        if len(sizes) > 1:
+            raise BadSample(f"its numbered pictures have several sizes ({sizes[0]} and {sizes[-1]} rows and columns)")
+        return arranged(fill_gaps(found, wanted, why), indices)
+
+    def close(self) -> None:
+        self.pictures = []
+
+
+def _decode(data: bytes, settings: DataSettings) -> np.ndarray:
+    return decode_image(data, decoder=settings.decoder, exif=settings.exif, max_pixels=settings.max_pixels)
+
+
+def numbered_members(kinds: Iterable[str]) -> list[str]:
+    """The numbered pictures among a sample's members, in order; empty when there are none, or of several widths or
+    suffixes."""
+    found = [(name, match) for name in kinds if (match := NUMBERED.fullmatch(name))]
+    forms = {(len(match[1]), match[2]) for _, match in found}
+    return sorted(name for name, _ in found) if len(forms) == 1 else []
+
+
 def media_members(kinds: Sequence[str]) -> list[str]:
     """Of a sample's members those that hold its picture or video; empty when there is none."""
-    return next(([kind] for kind in PICTURES if kind in kinds), [])
+    if video := next((kind for kind in VIDEOS if kind in kinds), None):
+        return [video]
+    return numbered_members(kinds) or next(([kind] for kind in PICTURES if kind in kinds), [])
 
 
 def open_media(members: Mapping[str, bytes], settings: DataSettings) -> Media:
     """The media in the bytes of `media_members`. Raises `BadSample` when they are not one."""
-    for kind in PICTURES:
-        if kind in members:
-            return Still(decode_image(members[kind], decoder=settings.decoder, exif=settings.exif,
-                                      max_pixels=settings.max_pixels))
-    raise BadSample(f"no picture or video among its members ({', '.join(members) or 'none'})")
+    chosen = media_members(list(members))
+    if not chosen:
+        raise BadSample(f"no picture or video among its members ({', '.join(members) or 'none'})")
+    if chosen[0] in VIDEOS:
+        return open_video(members[chosen[0]], settings)
+    if NUMBERED.fullmatch(chosen[0]):
+        return NumberedPictures({name: members[name] for name in chosen}, settings)
+    return Still(_decode(members[chosen[0]], settings))

@@ -56,6 +56,16 @@ class OrderSource:
     """Mean bytes of a sample; decides the default window."""
 
 
+@dataclass(frozen=True, order=True)
+class Window:
+    """A shuffle window: neighbours in the epoch's row of a source, hence one byte range of a shard, or a few at its end."""
+
+    source: int
+    epoch: int
+    lane: int
+    number: int
+
+
 @dataclass(frozen=True)
 class Places:
     """Where samples are: int64 arrays of one length. `source` counts through `Order.sources`, which are sorted by name."""
@@ -156,21 +166,30 @@ class _Row:
             self._windows.move_to_end(key)
         return found
 
+    def cut(self, lane: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of lanes (int64): where each starts in the row, how long it is, and the phase of its windows."""
+        short, longer = divmod(self.size, self.lanes)
+        phase = ((lane * PHASE) % 2**32 * self.window) >> 32 if self.window < short else np.zeros_like(lane)
+        return lane * short + np.minimum(lane, longer), short + (lane < longer), phase
+
+    def bounds(self, lane: int, window: int) -> tuple[int, int, int]:
+        """(where the lane starts in the row, first place of the window in the lane, the place after its last)."""
+        start, length, phase = (int(each[0]) for each in self.cut(np.array([lane], dtype=np.int64)))
+        low, high = window * self.window - phase, (window + 1) * self.window - phase
+        return start, max(low, 0), min(high, length)
+
     def place(self, p: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """(epoch, shard, index) of the numbers `p` in the source."""
         epoch, y = np.divmod(p, self.size)
         i, lane = np.divmod(y, self.lanes)
-        short, longer = divmod(self.size, self.lanes)
-        start = lane * short + np.minimum(lane, longer)
-        length = short + (lane < longer)
+        start, length, phase = self.cut(lane)
         q = start + i
         if self.shuffle:
             w = self.window
-            phase = ((lane * PHASE) % 2**32 * w) >> 32 if w < short else np.zeros_like(lane)
             j = (i + phase) // w
             low = np.maximum(j * w - phase, 0)
             high = np.minimum((j + 1) * w - phase, length)
-            windows = short // w + 3  # no lane has more
+            windows = self.size // self.lanes // w + 3  # no lane has more
             code = (epoch * self.lanes + lane) * windows + j
             _, first, group = np.unique(code, return_index=True, return_inverse=True)
             by_group = np.argsort(group, kind="stable")
@@ -244,6 +263,49 @@ class Order:
             p = u[chosen] * self.share[k] + self._before[c[chosen]]
             epoch[chosen], shard[chosen], index[chosen] = self._inner[k].place(p)
         return Places(x, source, epoch, shard, index)
+
+    def windows(self, x: np.ndarray) -> list[Window]:
+        """The windows that the samples with the global numbers `x` (int64) come from, in the order of their first one."""
+        u, c = np.divmod(np.asarray(x, dtype=np.int64) // self.repeats, self.lanes)
+        source = self._layout[c]
+        found = np.empty((len(u), 4), dtype=np.int64)
+        for k in np.unique(source).tolist():
+            row, chosen = self._inner[k], np.flatnonzero(source == k)
+            epoch, y = np.divmod(u[chosen] * self.share[k] + self._before[c[chosen]], row.size)
+            i, lane = np.divmod(y, row.lanes)
+            number = (i + row.cut(lane)[2]) // row.window
+            found[chosen] = np.stack([np.full_like(epoch, k), epoch, lane, number], axis=1)
+        _, first = np.unique(found, axis=0, return_index=True)
+        return [Window(*found[at].tolist()) for at in np.sort(first).tolist()]
+
+    def span(self, window: Window) -> tuple[int, int]:
+        """The first and the last global sample number x that come from a window."""
+        row = self._inner[window.source]
+        _, low, high = row.bounds(window.lane, window.number)
+        lanes = np.flatnonzero(self._layout == window.source)
+        ends = []
+        for place in (low, high - 1):
+            u, before = divmod(window.epoch * row.size + place * row.lanes + window.lane, self.share[window.source])
+            ends.append((u * self.lanes + int(lanes[before])) * self.repeats)
+        return ends[0], ends[1] + self.repeats - 1
+
+    def pieces(self, window: Window) -> list[tuple[int, int, int]]:
+        """[(shard, first index, last index)] of a window: what must be read for it, in row order."""
+        row = self._inner[window.source]
+        start, low, high = row.bounds(window.lane, window.number)
+        order, ends = row.row(window.epoch)
+        q, found = start + low, []
+        while q < start + high:
+            t = int(np.searchsorted(ends, q, side="right"))
+            stop, first = min(int(ends[t]), start + high), int(ends[t] - row.counts[order[t]])
+            found.append((int(order[t]), q - first, stop - first - 1))
+            q = stop
+        return found
+
+    def has_windows(self, source: int) -> bool:
+        """False for a source that is one plain permutation: its samples come from anywhere."""
+        row = self._inner[source]
+        return row.lanes > 1 or row.window < row.size
 
     def spare(self, x: int, source: int, attempt: int) -> tuple[int, int]:
         """(shard, index) of the sample that stands in for a bad one at x: any sample of the same source, uniformly.

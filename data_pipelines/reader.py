@@ -1,92 +1,119 @@
-"""Bytes of a sample by (URL, offset, size): local files with `pread`, anything else by range request through fsspec.
+"""Bytes of a sample by (URL, offset, size): local files with `pread`, anything else from the node's cache (cache.py) or by
+range request (remote.py).
 
 A read either gives exactly the bytes that the index promises or fails; it is tried again with growing pauses until
-`data.io_timeout_seconds` have passed, then it is a `DataError`. Content is never judged here: trouble with storage must
-not make a sample "bad", or the order of samples would depend on the weather.
+`data.io_timeout_seconds` have passed without progress, then it is a `DataError`. Content is never judged here: trouble
+with storage must not make a sample "bad", or the order of samples would depend on the weather.
 
 Shards stay open in a list of the most recently used: a one-node job on a large data set has hundreds open per rank.
 """
 
 from __future__ import annotations
 
-import logging
 import os
-import random
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
 
-from tubelet.errors import DataError
+from data_pipelines.remote import Storage, filesystem, persist, read_range
+from data_pipelines.shards import folder_of
 
-log = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from data_pipelines.cache import Cache
+
+__all__ = ["Reader", "filesystem", "local_path", "raise_open_files"]
 
 _GAP = 64 * 1024  # members of a sample that lie closer than this are read in one go: a request costs more than bytes
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 20.0  # seconds
 
 
 class Reader:
-    """Reads from many shards; one per process (made after the fork, or before: descriptors and clients stay apart)."""
+    """Reads from many shards; one per process (made after the fork, or before: descriptors and clients stay apart).
 
-    def __init__(self, io_timeout_seconds: float, *, sleep: Callable[[float], None] = time.sleep,
+    `storage`: options of the file systems of remote shards, by the folder of their URLs (`index.storage_of`). `cache` is
+    looked into before anything is asked of the network. `connections`: transfers at the same time in `read_many`.
+    """
+
+    def __init__(self, io_timeout_seconds: float, *, storage: Mapping[str, Storage] | None = None,
+                 cache: Cache | None = None, connections: int = 8, sleep: Callable[[float], None] = time.sleep,
                  clock: Callable[[], float] = time.monotonic):
-        self.io_timeout_seconds = io_timeout_seconds
+        self.io_timeout_seconds, self.connections = io_timeout_seconds, connections
+        self.storage, self.cache = storage or {}, cache
         self._sleep, self._clock = sleep, clock
         self._open: OrderedDict[str, int] = OrderedDict()
         self._most_open = 0  # found out at the first open
-        self._clients: dict[tuple[int, str], tuple[Any, str]] = {}
-        self._jitter = random.Random()  # of its own: nothing here may touch the global generators
+        self._threads: tuple[int, ThreadPoolExecutor] | None = None  # and the process they belong to
 
     def read(self, url: str, offset: int, size: int) -> bytes:
-        """Exactly `size` bytes from `offset` on. Raises `DataError` once the time for retries is over."""
-        deadline, pause, tries = self._clock() + self.io_timeout_seconds, _FIRST_PAUSE, 0
-        while True:
-            tries += 1
-            try:
-                return self._read_once(url, offset, size)
-            except (DataError, KeyboardInterrupt, MemoryError):
-                raise
-            except Exception as error:  # storage clients raise many kinds: OSError, aiohttp, botocore, ...
-                self._forget(url)
-                if self._clock() >= deadline:
-                    raise DataError(
-                        f"Reading {url} failed for {self.io_timeout_seconds:g} s ({tries} times): {size} bytes at offset "
-                        f"{offset}: {type(error).__name__}: {error}.",
-                        "check that the shard is there and readable from this node (`tubelet data verify`); a run that "
-                        "is started again goes on where it stopped; data.io_timeout_seconds=... waits longer") from None
-                if tries == 1:
-                    log.warning("reading %s at %d failed (%s: %s); trying again for up to %g s", url, offset,
-                                type(error).__name__, error, self.io_timeout_seconds)
-                # Jitter, so that a thousand readers do not come back at once.
-                self._sleep(min(pause * self._jitter.uniform(0.5, 1.5), max(deadline - self._clock(), 0.0)))
-                pause = min(pause * 2, _LONGEST_PAUSE)
+        """Exactly `size` bytes from `offset` on. Raises `DataError` once the time for retries is over, or at once for what
+        no patience heals (403, 404)."""
+        path = local_path(url)
+        if path is not None:
+            return persist(lambda: self._read_local(path, offset, size), url, f"{size} bytes at offset {offset}",
+                           self.io_timeout_seconds, sleep=self._sleep, clock=self._clock)
+        if self.cache is not None and (found := self.cache.read(url, offset, size)) is not None:
+            return found
+        return self._read_remote(url, offset, size)
 
     def read_members(self, url: str, members: Mapping[str, tuple[int, int]]) -> dict[str, bytes]:
         """Several members {name: (offset, size)} of one shard; neighbours in one read."""
-        found: dict[str, bytes] = {}
-        for run in _runs(members):
-            start = members[run[0]][0]
-            stop = max(members[name][0] + members[name][1] for name in run)
-            block = self.read(url, start, stop - start)
-            for name in run:
-                offset, size = members[name]
-                found[name] = block[offset - start:offset - start + size]
-        return found
+        names = list(members)
+        return dict(zip(names, self.read_many([(url, *members[name]) for name in names])))
+
+    def read_many(self, requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
+        """The bytes of many (url, offset, size), in their order: neighbours of one shard in one read, remote ones at the
+        same time. Raises as `read`."""
+        runs = _runs(requests)
+        remote = [run for run in runs if local_path(requests[run[0]][0]) is None]
+        found: dict[int, bytes] = {}
+        if len(remote) > 1 and self.connections > 1:
+            for run, parts in zip(remote, self._pool().map(lambda run: self._read_run(requests, run), remote)):
+                found |= zip(run, parts)
+            runs = [run for run in runs if run[0] not in found]
+        for run in runs:
+            found |= zip(run, self._read_run(requests, run))
+        return [found[number] for number in range(len(requests))]
 
     def close(self) -> None:
-        """Close every descriptor."""
+        """Close every descriptor, end the threads."""
         for handle in self._open.values():
             os.close(handle)
         self._open.clear()
-        self._clients.clear()
+        if self._threads is not None and self._threads[0] == os.getpid():
+            self._threads[1].shutdown(wait=False, cancel_futures=True)
+        self._threads = None
 
-    def _read_once(self, url: str, offset: int, size: int) -> bytes:
-        path = local_path(url)
-        data = self._read_remote(url, offset, size) if path is None else _pread(self._handle(path), offset, size)
-        if len(data) != size:
-            short = "the file is shorter than its index says" if len(data) < size else "range requests are not honoured"
-            raise OSError(f"got {len(data)} of {size} bytes ({short})")
-        return data
+    def _read_run(self, requests: Sequence[tuple[str, int, int]], run: list[int]) -> list[bytes]:
+        """Neighbours of one shard."""
+        url, start, _ = requests[run[0]]
+        stop = max(requests[number][1] + requests[number][2] for number in run)
+        block = self.read(url, start, stop - start)
+        if len(run) == 1:
+            return [block]
+        return [block[offset - start:offset - start + size] for _, offset, size in (requests[number] for number in run)]
+
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._threads is None or self._threads[0] != os.getpid():  # threads do not survive a fork
+            self._threads = os.getpid(), ThreadPoolExecutor(self.connections, thread_name_prefix="read")
+        return self._threads[1]
+
+    def _read_local(self, path: str, offset: int, size: int) -> bytes:
+        try:
+            return _whole(_pread(self._handle(path), offset, size), size)
+        except OSError:
+            self._forget(path)
+            raise
+
+    def _read_remote(self, url: str, offset: int, size: int) -> bytes:
+        got = bytearray()  # survives a broken transfer, which goes on where it stopped
+
+        def attempt() -> bytes:
+            read_range(url, offset + len(got), offset + size, got.extend, self.storage.get(folder_of(url)))
+            return _whole(bytes(got), size)
+
+        return persist(attempt, url, f"{size} bytes at offset {offset}", self.io_timeout_seconds,
+                       progress=lambda: len(got), sleep=self._sleep, clock=self._clock)
 
     def _handle(self, path: str) -> int:
         handle = self._open.get(path)
@@ -99,30 +126,10 @@ class Reader:
         handle = self._open[path] = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
         return handle
 
-    def _forget(self, url: str) -> None:
-        handle = self._open.pop(local_path(url) or "", None)  # a stale handle (NFS) never recovers; a new one may
+    def _forget(self, path: str) -> None:
+        handle = self._open.pop(path, None)  # a stale handle (NFS) never recovers; a new one may
         if handle is not None:
             os.close(handle)
-
-    def _read_remote(self, url: str, offset: int, size: int) -> bytes:
-        # A client made before a fork would share its sockets and event loop with the parent: hence the process id.
-        key = (os.getpid(), url)
-        if key not in self._clients:
-            self._clients[key] = filesystem(url)
-        fs, path = self._clients[key]
-        return fs.cat_file(path, start=offset, end=offset + size)
-
-
-def filesystem(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it. Raises `DataError` when its package is not installed."""
-    from fsspec.core import url_to_fs
-
-    try:
-        return url_to_fs(url)
-    except (ImportError, ValueError) as error:
-        raise DataError(f"{url} cannot be read: {error}.",
-                        "install the fsspec package of this kind of storage (s3fs, gcsfs, adlfs, huggingface_hub, "
-                        "aiohttp for http), or copy the shards to a local disk") from None
 
 
 def local_path(url: str) -> str | None:
@@ -160,15 +167,23 @@ def _pread(handle: int, offset: int, size: int) -> bytes:
     return data
 
 
-def _runs(members: Mapping[str, tuple[int, int]]) -> list[list[str]]:
-    """Member names by offset, those close together in one list."""
-    runs: list[list[str]] = []
-    reached = 0
-    for name in sorted(members, key=lambda name: members[name]):
-        offset, size = members[name]
-        if runs and offset - reached <= _GAP:
-            runs[-1].append(name)
+def _whole(data: bytes, size: int) -> bytes:
+    if len(data) != size:
+        short = "the file is shorter than its index says" if len(data) < size else "range requests are not honoured"
+        raise OSError(f"got {len(data)} of {size} bytes ({short})")
+    return data
+
+
+def _runs(requests: Sequence[tuple[str, int, int]]) -> list[list[int]]:
+    """Numbers of the requests by shard and offset, those close together in one list."""
+    runs: list[list[int]] = []
+    reached, last = 0, None
+    for number in sorted(range(len(requests)), key=requests.__getitem__):
+        url, offset, size = requests[number]
+        if runs and url == last and offset - reached <= _GAP:
+            runs[-1].append(number)
+            reached = max(reached, offset + size)
         else:
-            runs.append([name])
-        reached = max(reached, offset + size)
+            runs.append([number])
+            reached, last = offset + size, url
     return runs

@@ -18,6 +18,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from data_pipelines.media import numbered_members
+from data_pipelines.remote import open_file
 from data_pipelines.shards import is_remote
 from tubelet import safe_io
 from tubelet.errors import DataError, TubeletError
@@ -78,9 +80,7 @@ def open_shard(url: str) -> BinaryIO:
     """A shard, seekable, for reading."""
     if not is_remote(url):
         return open(url, "rb")
-    import fsspec
-
-    return fsspec.open(url, "rb").open()  # type: ignore[return-value]
+    return open_file(url)
 
 
 def scan_shard(url: str) -> tuple[ShardTable, int]:
@@ -152,19 +152,23 @@ def _check_end(file: BinaryIO, url: str, offset: int, nbytes: int) -> None:
 
 
 def _check_dots(url: str, key: str, extensions: list[str]) -> None:
-    """`v_1.0.mp4` and `v_1.1.mp4` have the key `v_1`: two videos would be one sample. `a.left.png a.cls` is fine."""
+    """`v_1.0.mp4` and `v_1.1.mp4` have the key `v_1`: two videos would be one sample. `a.left.png a.cls` is fine, and so
+    are numbered pictures that are a video's frames: `a.000.jpg a.001.jpg a.cls` (see `media`)."""
+    frames = set(numbered_members(extensions))
     groups: dict[str, set[str]] = {}
     for extension in extensions:
-        middle, _, last = extension.rpartition(".")
-        groups.setdefault(middle, set()).add(last)
+        if extension not in frames:
+            middle, _, last = extension.rpartition(".")
+            groups.setdefault(middle, set()).add(last)
     bare = groups.get("")
     # a second group with all that the bare names have is another sample; so are numbers (v_1.0 and v_1.1)
-    merged = bare is None or any(bare <= kinds or middle[0].isdigit() for middle, kinds in groups.items() if middle)
+    merged = any(bare is None or bare <= kinds or middle[0].isdigit() for middle, kinds in groups.items() if middle)
     if merged:
         names = ", ".join(f"{key.rsplit('/', 1)[-1]}.{extension}" for extension in extensions[:4])
         raise DataError(f"{url}: names with dots before the extension ({names}) are one sample `{key}` by WebDataset's "
                         "rule, which ends the key at the first dot.",
-                        "rename the files without dots (v_1.0.mp4 -> v_1_0.mp4) and write the shards again")
+                        "rename the files without dots (v_1.0.mp4 -> v_1_0.mp4) and write the shards again; numbered "
+                        "pictures of one video need three digits or more, all equally many, and one suffix")
 
 
 def _smallest(values: list[int]) -> np.ndarray:

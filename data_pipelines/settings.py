@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import field_validator, model_validator
 
 from tubelet.config import Settings, fixed, free, recorded
+from tubelet.redact import secrets_in
 
 
 class SourceSettings(Settings):
@@ -26,6 +27,16 @@ class SourceSettings(Settings):
     storage: dict[str, Any] = free({})
     """Options of the fsspec file system that remote shards are read through, e.g. {anon: true} or {endpoint_url: ...}.
     Secrets are refused here, since settings are printed and saved: they belong in the environment or credential files."""
+
+    @field_validator("storage", mode="after")
+    @classmethod
+    def _no_secrets(cls, value: dict[str, Any]) -> dict[str, Any]:
+        if found := secrets_in(value):
+            raise ValueError(
+                f"secrets ({', '.join(found)}) do not belong in settings, which are printed and saved with the run; give "
+                "them by environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, GOOGLE_APPLICATION_CREDENTIALS, HF_TOKEN) "
+                "or credential files (~/.aws/credentials, ~/.netrc for https)")
+        return value
 
 
 class AugmentSettings(Settings):

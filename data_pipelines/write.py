@@ -1,103 +1,304 @@
-"""Writing WebDataset shards from pictures: class folders, a CSV or JSONL table, arrays in an .npz, or a made-up set.
+"""Writing WebDataset shards: folders, lists, arrays, tars of others or made-up sets, by one process or on many machines.
 
 Samples are permuted by a seed (class folders in order give shards of one class, which no shuffle window repairs) and packed
-by webdataset's TarWriter with mtime 0, fixed owner and sorted names: the same input gives the same bytes. Existing picture
-files are copied unchanged; arrays become PNG. Shards, .idx files, index.json, _info.json and classes.json appear together,
-by one rename.
+by webdataset's TarWriter with mtime 0, fixed owner and sorted names: the same input gives the same bytes, however many
+processes or pieces write it. Files are copied unchanged unless a `Treatment` says otherwise; arrays become PNG. Shards,
+.idx files, index.json, _info.json, classes.json and checksums.sha256 appear together, by one rename.
 
-A sample is `00000012_name.jpg` and `00000012_name.cls` (the class number in ASCII).
+A sample is `00000012_name.jpg` and `00000012_name.cls` (the class number in ASCII); of tars all members are kept. A sample
+that cannot be used stops the work with all of them listed, or is left out and named in refused.jsonl (`on_error`). Its
+number then stays unused, so that nothing else moves: what a shard holds never depends on another shard.
 """
 
 from __future__ import annotations
 
-import csv
-import json
+import multiprocessing
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, Literal, cast
 
 import numpy as np
 
-from data_pipelines.decode import PICTURES
-from data_pipelines.indexing import write_index
-from data_pipelines.made_up import PictureSet, encode_png, made_up
+from data_pipelines import pieces
+from data_pipelines.decode import BadSample
+from data_pipelines.inputs import Columns, Inputs, add_refused, from_pictures, read_inputs
+from data_pipelines.made_up import PictureSet
 from data_pipelines.order import permutation
+from data_pipelines.pieces import Done, Plan
 from data_pipelines.progress import track
-from data_pipelines.shards import INDEX_NAME
-from tubelet import safe_io
-from tubelet.errors import DataError, Problems, TubeletError, nearest
-from tubelet.files import fsync_dir
+from data_pipelines.shards import INDEX_NAME, read_index_json
+from data_pipelines.transcode import Treatment, treat
+from tubelet.errors import DataError, Problems
+from tubelet.files import HashingFile, fsync_dir
 
 WRITE = 4  # purpose of the random words that permute; see order.py for the others
-SHOWN = 20  # problems of one kind that are listed before the rest is only counted
+OnError = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything a process needs to write any shard of a plan."""
+
+    folder: Path
+    plan: Plan
+    inputs: Inputs
+    order: np.ndarray
+    """int64 [samples]: which sample of the input stands at each place."""
+    treatment: Treatment
+    on_error: OnError
 
 
 def write_shards(source: str, out: str | Path, *, shard_size: int = 5000, seed: int = 0, name: str | None = None,
-                 split: str = "train", overwrite: bool = False) -> dict[str, Any]:
+                 split: str = "train", overwrite: bool = False, processes: int = 1, piece: tuple[int, int] | None = None,
+                 on_error: OnError = "stop", check: bool = False, treatment: Treatment = Treatment(),
+                 label: str | None = None, columns: Columns = Columns()) -> dict[str, Any]:
     """`tubelet data write IN OUT`: writes the folder `out` whole or not at all; returns its index.json.
 
-    `shard_size` in samples. `overwrite` replaces a folder only when nothing but shards and their indexes is in it.
+    `shard_size` in samples. `overwrite` replaces a folder only when nothing but shards and their indexes is in it. `check`
+    decodes every sample. `label` is for tars. With `piece` (I, N) only the shards I, I + N, ... are written, into
+    OUT.unfinished, and {"shards", "written", "samples", "bytes"} of this piece is returned; `finish_pieces` comes last.
+    "notes" in either: what the person who writes should know.
     """
     out = Path(out).expanduser().absolute()
-    if shard_size < 1:
-        raise DataError(f"`--shard-size` is {shard_size}, must be at least 1 sample.", "--shard-size 5000")
-    _check_target(out, overwrite)
-    pictures = read_pictures(source)
-    temporary = out.with_name(f".{out.name}.tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
+    _check_options(shard_size, piece, processes, on_error)
+    treatment.check()
+    if piece is None:
+        _check_target(out, overwrite)
+        if pieces.unfinished(out).exists():
+            raise DataError(f"Pieces of {out} are being written in {pieces.unfinished(out)}.",
+                            "--piece I/N to go on, --finish when all are done, or remove that folder")
+    inputs = read_inputs(source, label=label, columns=columns)
+    plan = _plan(inputs, name or out.name, shard_size, seed, split, check, treatment, piece)
+    if piece is not None:
+        if _is_finished(out, plan):  # a job that a scheduler started again
+            return {"shards": len(pieces.share(plan, piece)), "written": 0, "samples": 0, "bytes": 0, "notes": inputs.notes}
+        _check_target(out, overwrite)
+    problems = Problems(DataError, f"{source} cannot be written as shards:")
+    if on_error == "stop":
+        add_refused(problems, inputs.refused)
+    elif not inputs.count:
+        problems.add(f"None of the {len(inputs.refused)} samples of {source} can be used.", "check the input")
+    problems.raise_if_any()
+    staging = out.with_name(f".{out.name}.tmp") if piece is None else pieces.unfinished(out)
     try:
-        temporary.mkdir(parents=True)
-        index = write_into(temporary, pictures, name=name or out.name, shard_size=shard_size, seed=seed, split=split)
-        old = out.with_name(f".{out.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if out.exists():
-            os.rename(out, old)
-        os.rename(temporary, out)
-        fsync_dir(out.parent)
-        shutil.rmtree(old, ignore_errors=True)
+        if piece is not None:
+            pieces.share_plan(staging, plan)
+            job = _job(staging, plan, inputs, treatment, on_error)
+            mine = pieces.share(plan, piece)
+            todo = [number for number in mine if pieces.finished(staging, plan, number) is None]
+            done = _write_all(job, todo, processes)
+            return {"shards": len(mine), "written": len(done), "samples": sum(shard.samples for shard in done),
+                    "bytes": sum(shard.nbytes for shard in done), "notes": inputs.notes}
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+        job = _job(staging, plan, inputs, treatment, on_error)
+        _write_all(job, range(plan.shards), processes)
+        index = pieces.finish(staging, plan, processes)
+        _replace(staging, out)
+        return {**index, "notes": inputs.notes}
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}.", "check space and permissions") from None
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if piece is None:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def finish_pieces(out: str | Path, *, overwrite: bool = False, processes: int = 1) -> dict[str, Any]:
+    """`--finish`: makes `out` of its pieces once all are written; returns index.json. Raises `DataError` that lists what is
+    missing. The input is not read again."""
+    out = Path(out).expanduser().absolute()
+    staging = pieces.unfinished(out)
+    if not staging.exists():
+        if (out / INDEX_NAME).exists():
+            return read_index_json(out / INDEX_NAME)
+        raise DataError(f"There are no pieces of {out}: {staging} does not exist.", "--piece I/N first, on any machines")
+    _check_target(out, overwrite)
+    try:
+        if (staging / pieces.PLAN).exists():
+            index = pieces.finish(staging, pieces.read_plan(staging), processes)
+        else:  # killed before the rename: only that is left to do
+            index = read_index_json(staging / INDEX_NAME)
+            pieces.tidy(staging)
+        _replace(staging, out)
+    except OSError as error:
+        raise DataError(f"{out} cannot be written: {error.strerror or error}.", "check space and permissions") from None
     return index
 
 
 def write_into(folder: Path, pictures: PictureSet, *, name: str, shard_size: int, seed: int,
                split: str = "train") -> dict[str, Any]:
     """Shards `name-00000.tar` ... and their index into an existing folder; returns index.json."""
+    inputs = from_pictures(pictures, name)
+    plan = _plan(inputs, name, shard_size, seed, split, False, Treatment(), None)
+    job = _job(folder, plan, inputs, Treatment(), "stop")
+    _write_all(job, range(plan.shards), 1)
+    return pieces.finish(folder, plan)
+
+
+def _plan(inputs: Inputs, name: str, shard_size: int, seed: int, split: str, check: bool, treatment: Treatment,
+          piece: tuple[int, int] | None) -> Plan:
+    if not inputs.count and not inputs.refused:
+        raise DataError("There is no picture or video to write.", "check the input")
+    stem = re.sub(r"[^\w-]", "_", name) or "data"  # braces or dots in a name would be read as something else
+    return Plan(stem, inputs.count, shard_size, seed, split, inputs.label, inputs.classes, check, treatment.made(),
+                inputs.digest, piece[1] if piece else 1, inputs.refused)
+
+
+def _job(folder: Path, plan: Plan, inputs: Inputs, treatment: Treatment, on_error: OnError) -> Job:
+    order = permutation(plan.samples, plan.seed, WRITE, 0, (0, 0, 0))
+    return Job(folder, plan, inputs, order, treatment, on_error)
+
+
+def _is_finished(out: Path, plan: Plan) -> bool:
+    index = out / INDEX_NAME
+    return index.exists() and read_index_json(index).get("made", {}).get("plan") == plan.fingerprint
+
+
+# ---------------------------------------------------------------------------------------------------- one shard
+
+
+def _write_shard(job: Job, number: int) -> Generator[None, None, Done]:
+    """Writes one shard under its name when it is whole; yields after every sample."""
     from webdataset.writer import TarWriter
 
-    total = len(pictures.labels)
-    if not total:
-        raise DataError("There is no picture to write.", "check the input")
-    stem = re.sub(r"[^\w-]", "_", name) or "data"  # braces or dots in a name would be read as something else
-    numbers = permutation(total, seed, WRITE, 0, (0, 0, 0)).tolist()
-    samples = track(_samples(pictures, numbers), total, "writing samples")
-    urls = []
-    for shard in range(-(-total // shard_size)):
-        path = folder / f"{stem}-{shard:05d}.tar"
-        urls.append(str(path))
-        with open(path, "wb") as file:
-            with TarWriter(file, encoder=False, mtime=0, user="tubelet", group="tubelet", compress=False) as tar:
-                for _ in range(min(shard_size, total - shard * shard_size)):
-                    tar.write(next(samples))
-            file.flush()
-            os.fsync(file.fileno())
-    for _ in samples:
-        raise AssertionError("samples left over")
-    return write_index(folder, urls, beside_shards=True, split=split, classes=pictures.classes)
+    plan = job.plan
+    path = job.folder / plan.shard(number)
+    new = pieces.temporary(path)
+    first = number * plan.shard_size
+    last = min(first + plan.shard_size, plan.samples)
+    refused: list[tuple[str, str]] = []
+    try:
+        with HashingFile(new) as file:
+            with TarWriter(cast(BinaryIO, file), encoder=False, mtime=0, user="tubelet", group="tubelet",
+                           compress=False) as tar:
+                for place in range(first, last):
+                    try:
+                        tar.write(_sample(job, place))
+                    except BadSample as error:
+                        refused.append((job.inputs.name(int(job.order[place])), str(error)))
+                    yield
+        if refused and job.on_error == "stop":
+            return Done(number, 0, "", 0, refused)
+        os.replace(new, path)
+        fsync_dir(job.folder)
+    finally:
+        new.unlink(missing_ok=True)
+    done = Done(number, file.nbytes, file.sha256, last - first - len(refused), refused)
+    pieces.record(job.folder, plan, done)
+    return done
 
 
-def _samples(pictures: PictureSet, numbers: list[int]) -> Iterator[dict[str, Any]]:
-    digits = max(8, len(str(len(numbers))))
-    for place, number in enumerate(numbers):
-        extension, data, stem = pictures.sample(number)
-        stem = re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:60]
-        yield {"__key__": f"{place:0{digits}d}" + (f"_{stem}" if stem else ""), extension: data,
-               "cls": str(int(pictures.labels[number])).encode()}
+def _sample(job: Job, place: int) -> dict[str, Any]:
+    stem, members = job.inputs.sample(int(job.order[place]))
+    members = treat(members, job.treatment, job.plan.check)
+    stem = re.sub(r"[^A-Za-z0-9_-]", "_", stem)[:60]
+    digits = max(8, len(str(job.plan.samples)))
+    return {"__key__": f"{place:0{digits}d}" + (f"_{stem}" if stem else ""), **members}
+
+
+# ---------------------------------------------------------------------------------------------------- all shards
+
+
+def _write_all(job: Job, numbers: Sequence[int], processes: int) -> list[Done]:
+    """Writes these shards. Raises one `DataError` for everything that was refused, after all of them were tried."""
+    import webdataset.writer  # noqa: F401  # before the fork: it imports torch, once for all processes
+
+    done: list[Done] = []
+    plan = job.plan
+    total = sum(min(plan.shard_size, plan.samples - number * plan.shard_size) for number in numbers)
+    steps = _here(job, numbers, done) if min(processes, len(numbers)) <= 1 else _side_by_side(job, numbers, processes, done)
+    for _ in track(steps, total, "writing samples"):
+        pass
+    if job.on_error == "stop":
+        problems = Problems(DataError, "Samples that cannot be written:")
+        add_refused(problems, [item for shard in sorted(done, key=lambda shard: shard.number) for item in shard.refused])
+        problems.raise_if_any()
+    return done
+
+
+def _here(job: Job, numbers: Sequence[int], done: list[Done]) -> Iterator[None]:
+    for number in numbers:
+        done.append((yield from _write_shard(job, number)))
+
+
+_shared: tuple[Job, Any, Any] | None = None  # in a worker: the job, samples done by all, and whether to stop
+
+
+def _begin(job: Job, count: Any, stop: Any) -> None:
+    global _shared
+    _shared = job, count, stop
+
+
+def _write_in_worker(number: int) -> Done | None:
+    assert _shared is not None
+    job, count, stop = _shared
+    steps = _write_shard(job, number)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return end.value
+        with count.get_lock():
+            count.value += 1
+        if stop.value or os.getppid() == 1:  # the parent was interrupted, or is gone
+            steps.close()
+            return None
+
+
+def _side_by_side(job: Job, numbers: Sequence[int], processes: int, done: list[Done]) -> Iterator[None]:
+    # fork: the listing is shared with the parent instead of pickled to every process, and samples may be closures
+    context = multiprocessing.get_context("fork")
+    count, stop = context.Value("q", 0), context.Value("b", 0)
+    said = 0
+    pool = ProcessPoolExecutor(min(processes, len(numbers)), context, _begin, (job, count, stop))
+    try:
+        futures = [pool.submit(_write_in_worker, number) for number in numbers]
+        waiting = set(futures)
+        while waiting:
+            _, waiting = wait(waiting, 0.5, FIRST_EXCEPTION)
+            failed = next((future for future in futures if future.done() and future.exception()), None)
+            if failed is not None:
+                failed.result()
+            now = count.value
+            for _ in range(now - said):
+                yield
+            said = now
+        done += [shard for future in futures if (shard := future.result()) is not None]
+    finally:
+        stop.value = 1
+        pool.shutdown(cancel_futures=True)
+
+
+# ---------------------------------------------------------------------------------------------------- the folder
+
+
+def _check_options(shard_size: int, piece: tuple[int, int] | None, processes: int, on_error: str) -> None:
+    problems = Problems(DataError, "Shards cannot be written so:")
+    if shard_size < 1:
+        problems.add(f"`--shard-size` is {shard_size}, must be at least 1 sample.", "--shard-size 5000")
+    if processes < 1:
+        problems.add(f"`--processes` is {processes}, must be at least 1.", "--processes 8")
+    if on_error not in ("stop", "skip"):
+        problems.add(f"`--on-error` is {on_error}, must be stop or skip.", "--on-error skip")
+    if piece is not None and not 0 <= piece[0] < piece[1]:
+        problems.add(f"`--piece` is {piece[0]}/{piece[1]}; pieces of {piece[1]} count from 0 to {piece[1] - 1}.",
+                     "--piece $SLURM_ARRAY_TASK_ID/64 with sbatch --array=0-63")
+    problems.raise_if_any()
+
+
+def _replace(staging: Path, out: Path) -> None:
+    old = out.with_name(f".{out.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        os.rename(out, old)
+    os.rename(staging, out)
+    fsync_dir(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _check_target(out: Path, overwrite: bool) -> None:
@@ -109,147 +310,7 @@ def _check_target(out: Path, overwrite: bool) -> None:
     if inside and not overwrite:
         raise DataError(f"{out} is not empty ({', '.join(inside[:3])}{' ...' if len(inside) > 3 else ''}).",
                         "--overwrite to replace it, or another folder")
-    ours = (".tar", ".tar.idx")
-    foreign = [n for n in inside if not n.endswith(ours) and n not in (INDEX_NAME, "_info.json", "classes.json")]
+    foreign = [n for n in inside if not n.endswith((".tar", ".tar.idx")) and n not in pieces.KNOWN]
     if foreign:
         raise DataError(f"{out} holds more than shards and their index ({', '.join(foreign[:3])}), so it is not replaced.",
                         "another folder, or move those files away")
-
-
-# ---------------------------------------------------------------------------------------------------- inputs
-
-
-def read_pictures(source: str) -> PictureSet:
-    """What IN of `tubelet data write IN OUT` names, with all its problems in one `DataError`."""
-    if source.startswith("made-up:"):
-        return made_up(source)
-    path = Path(source).expanduser()
-    if not path.exists():
-        beside = sorted(p.name for p in path.parent.iterdir()) if path.parent.is_dir() else []
-        close = nearest(path.name, beside, 3)
-        raise DataError(f"{source} does not exist.", f"one of {', '.join(close)}" if close else
-                        "a folder of class folders, a .csv, .jsonl or .npz file, or made-up:fractals")
-    if path.is_dir():
-        return _class_folders(path)
-    if path.suffix == ".npz":
-        return _arrays(path)
-    if path.suffix in (".csv", ".tsv", ".jsonl"):
-        return _table(path)
-    raise DataError(f"{source} is neither a folder nor .csv, .tsv, .jsonl or .npz.",
-                    "a folder of class folders, or a table with the columns path,label")
-
-
-def _files_set(paths: list[Path], labels: np.ndarray, classes: list[str] | None, notes: tuple[str, ...]) -> PictureSet:
-    def sample(i: int) -> tuple[str, bytes, str]:
-        extension = paths[i].suffix[1:].lower()
-        return "jpg" if extension == "jpeg" else extension, paths[i].read_bytes(), paths[i].stem
-
-    return PictureSet(labels, sample, classes, notes)
-
-
-def _class_folders(root: Path) -> PictureSet:
-    problems = Problems(DataError, f"{root} cannot be written as shards:")
-    folders = sorted(path for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
-    paths: list[Path] = []
-    labels: list[int] = []
-    others = 0
-    for label, folder in enumerate(folders):
-        before = len(paths)
-        for where, inner, names in os.walk(folder, followlinks=True):
-            inner.sort()
-            for name in sorted(names):
-                if name.startswith(".") or name.rpartition(".")[2].lower() not in PICTURES:
-                    others += 1
-                    continue
-                paths.append(Path(where) / name)
-                labels.append(label)
-        if len(paths) == before:
-            problems.add(f"The class folder {folder} holds no picture.", "remove it, or add its pictures")
-    if not folders:
-        loose = any(path.suffix[1:].lower() in PICTURES for path in root.iterdir())
-        what = "pictures, but no class folders" if loose else "no class folders"
-        problems.add(f"{root} holds {what}; each folder in it is one class.",
-                     "a table instead: a .csv with the columns path,label")
-    empty = [path for path in paths if path.stat().st_size == 0]
-    _add_some(problems, [f"{path} is empty (0 bytes)." for path in empty], "remove it, or copy it again")
-    problems.raise_if_any()
-    notes = (f"{others} files that are not pictures were left out",) if others else ()
-    return _files_set(paths, np.array(labels, dtype=np.int64), [folder.name for folder in folders], notes)
-
-
-def _add_some(problems: Problems, texts: list[str], hint: str) -> None:
-    for text in texts[:SHOWN]:
-        problems.add(text, hint)
-    if len(texts) > SHOWN:
-        problems.add(f"... and {len(texts) - SHOWN} more of this kind.")
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    if path.suffix == ".jsonl":
-        rows = []
-        for number, line in enumerate(path.read_text().splitlines(), 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except ValueError as error:
-                raise DataError(f"{path}, line {number} is not JSON ({error}).", '{"path": "a/b.jpg", "label": 3}') from None
-            rows.append(row if isinstance(row, dict) else {})
-        return rows
-    with open(path, newline="") as file:
-        return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-
-
-def _table(path: Path) -> PictureSet:
-    rows = _rows(path)
-    if not rows:
-        raise DataError(f"{path} has no rows.", "a header line path,label and one line per picture")
-    problems = Problems(DataError, f"{path} cannot be written as shards:")
-    lacking = [number for number, row in enumerate(rows, 1)
-               if row.get("path") in (None, "") or row.get("label") in (None, "")]
-    _add_some(problems, [f"{path}, row {number} has no `path` or no `label` (its columns are "
-                         f"{', '.join(map(str, rows[number - 1])) or 'none'})." for number in lacking],
-              "the columns path,label in every row")
-    problems.raise_if_any()
-    paths = [path.parent / str(row["path"]) for row in rows]
-    absent = [p for p in paths if not p.is_file()]
-    _add_some(problems, [f"{p} does not exist." for p in absent], f"paths are relative to {path.parent}")
-    foreign = [p for p in paths if p.suffix[1:].lower() not in PICTURES]
-    _add_some(problems, [f"{p} is not a picture by its name." for p in foreign], f"one of {', '.join(PICTURES)}")
-    empty = [p for p in paths if p.is_file() and p.stat().st_size == 0]
-    _add_some(problems, [f"{p} is empty (0 bytes)." for p in empty], "remove it, or copy it again")
-    raw = [str(row["label"]).strip() for row in rows]
-    if all(re.fullmatch(r"-?\d+", label) for label in raw):
-        labels, classes = np.array([int(label) for label in raw], dtype=np.int64), None
-        negative = [number for number, label in enumerate(labels, 1) if label < 0]
-        _add_some(problems, [f"{path}, row {number}: the label is {labels[number - 1]}." for number in negative],
-                  "class numbers count from 0")
-    else:
-        classes = sorted(set(raw))
-        number_of = {name: k for k, name in enumerate(classes)}
-        labels = np.array([number_of[label] for label in raw], dtype=np.int64)
-    problems.raise_if_any()
-    return _files_set(paths, labels, classes, ())
-
-
-def _arrays(path: Path) -> PictureSet:
-    try:
-        arrays = safe_io.read_npz(path)
-    except TubeletError as error:
-        raise DataError(error.problem, error.hint) from None
-    problems = Problems(DataError, f"{path} cannot be written as shards:")
-    if not {"images", "labels"} <= set(arrays):
-        raise DataError(f"{path} holds {', '.join(arrays) or 'nothing'}; `images` and `labels` are needed.",
-                        "np.savez(path, images=uint8 [N, H, W, 3], labels=int [N])")
-    images, labels = arrays["images"], arrays["labels"]
-    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)):
-        problems.add(f"`images` is {images.dtype} {list(images.shape)}, must be uint8 [N, H, W, 3] or [N, H, W].",
-                     "channels last, values 0..255")
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        problems.add(f"`labels` is {labels.dtype} {list(labels.shape)}, must be integers [{images.shape[0]}].",
-                     "one class number per picture")
-    elif len(labels) and labels.min() < 0:
-        problems.add(f"`labels` has {int((labels < 0).sum())} below 0, the least is {labels.min()}.",
-                     "class numbers count from 0")
-    problems.raise_if_any()
-    return PictureSet(labels.astype(np.int64), lambda i: ("png", encode_png(images[i]), ""))

@@ -1,25 +1,23 @@
 """Crops, flips and mixing: in their ranges, as their papers say, and a function of (seed, x) alone."""
 
 import random
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data_pipelines.augment import (
-    EvalTransform,
-    TrainTransform,
-    cover,
-    generator,
-    inception_box,
-    resize,
-    sample_seed,
-    to_planes,
-)
-from data_pipelines.mix import draw_mix, mix_batch, partner
+from data_pipelines.augment import EvalTransform, TrainTransform, generator, sample_seed
+from data_pipelines.crops import cover, inception_box, resize, to_planes
+from data_pipelines.erase import erasing_boxes
+from data_pipelines.mix import check_mixing, draw_mix, mix_batch, mix_boxes, partner, token_box
 from data_pipelines.settings import AugmentSettings
 from tubelet.errors import ConfigError, DataError
+from tubelet.seeding import hash_seed
+
+# Pixels of three samples as the first version made them: a change breaks resumes.
+FROZEN = [1406177753, 2317553449, 195778613]
 
 
 def noise(height, width, seed=0):
@@ -66,9 +64,9 @@ def test_inception_crops_lie_in_the_ranges_and_fill_them_evenly():
 
 def test_each_crop_gives_the_size_and_the_part_it_promises():
     image = ramp(90, 120)
-    for crop in ("inception", "resmall", "resize", "center"):
+    for crop in ("inception", "resmall", "resize", "jitter", "center"):
         for size in (32, (24, 40)):
-            transform = TrainTransform(AugmentSettings(crop=crop, interpolation="bilinear"), size)  # type: ignore[arg-type]
+            transform = TrainTransform(AugmentSettings(crop=crop, interpolation="bilinear", short_side=(40, 50)), size)  # type: ignore[arg-type]
             pixels = transform(image, 5)
             assert pixels.dtype == torch.uint8 and pixels.is_contiguous()
             assert pixels.shape == (3, *((32, 32) if size == 32 else size))
@@ -85,6 +83,152 @@ def test_each_crop_gives_the_size_and_the_part_it_promises():
             starts.add((y[24, 24], x[24, 24]))
             assert abs((y[40, 8] - y[8, 8]) / (x[8, 40] - x[8, 8]) - slope) < 0.1
         assert len(starts) > 25
+
+
+def test_draws_are_in_their_documented_order_and_other_options_do_not_move_them():
+    """The order written out as a plain program: inception box, flip; with nearest pixels nothing depends on a library."""
+    image = noise(70, 90)
+    more = {"interpolation": "nearest", "erasing": 1.0, "erasing_mode": "const", "color_jitter": 0.4}
+    plain, random_filter, full = (TrainTransform(AugmentSettings(**options), 24) for options in (  # type: ignore[arg-type]
+        {"interpolation": "nearest"}, {"interpolation": "random"}, more))
+    filters = set()
+    for x in range(20):
+        seed = sample_seed(5, x)
+        draw = generator(seed)
+        top, left, rows, cols = inception_box(70, 90, (0.05, 1.0), (0.75, 4 / 3), draw)
+        at = [np.floor((np.arange(24) + 0.5) * np.float32(count / 24)).astype(int) for count in (rows, cols)]
+        expected = image[top:top + rows, left:left + cols][at[0]][:, at[1]].transpose(2, 0, 1)
+        flipped = draw.random_sample() < 0.5
+        expected = expected[:, :, ::-1] if flipped else expected
+        assert (plain(image, seed).numpy() == expected).all()
+        found = full.apply(image, seed)
+        mirrored = (90 - left - cols if flipped else left) / 90
+        assert found.flipped == flipped and np.allclose(found.box, (top / 70, mirrored, rows / 70, cols / 90))
+        assert np.allclose(plain.apply(image, seed).box, found.box)
+        blank = (found.pixels == 0).all(0).float().mean()
+        assert 0.015 < blank < 0.36 and not (found.pixels.numpy() == expected).all()
+        choices = [TrainTransform(AugmentSettings(interpolation=name), 24)(image, seed) for name in ("bilinear", "bicubic")]
+        filters.add([torch.equal(random_filter(image, seed), choice) for choice in choices].index(True))
+    assert filters == {0, 1}
+    assert [zlib.crc32(plain(image, sample_seed(0, x)).numpy().tobytes()) for x in range(3)] == FROZEN
+
+
+OPTIONS = [{"crop": "inception", "interpolation": "random"}, {"crop": "resmall"},
+           {"crop": "resize", "interpolation": "bilinear"}, {"crop": "jitter", "short_side": (28, 40)},
+           {"crop": "center", "interpolation": "nearest"},
+           {"rand_augment": "rand-n3-m9-mstd0.5-inc1", "erasing": 0.7, "erasing_mode": "const", "erasing_count": 3},
+           {"rand_augment": "rand-n3-m9-mstd0.5-inc1", "crop_last": True, "interpolation": "random"},
+           {"color_jitter": 0.4, "erasing": 1.0, "erasing_mode": "const"}, {"color_jitter": 2.0, "crop_last": True}]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
+def test_a_frame_of_a_clip_is_augmented_as_it_would_be_alone(options):
+    clip = np.stack([noise(50, 64, seed) for seed in range(3)])
+    for size in (24, (16, 28)):
+        transform = TrainTransform(AugmentSettings(**options), size)
+        evaluate = EvalTransform(transform.settings, size, crops=3)
+        for x in range(4):
+            seed = sample_seed(2, x)
+            found = transform(clip, seed)
+            assert found.dtype == torch.uint8 and found.is_contiguous() and found.shape == (3, 3, *transform.size)
+            out = torch.empty_like(found)
+            assert torch.equal(found, transform(clip, seed, out=out)) and torch.equal(found, out)
+            for t in range(3):
+                assert torch.equal(found[:, t], transform(clip[t], seed))
+            same = transform(np.repeat(clip[:1], 4, 0), seed)
+            assert torch.equal(same, same[:, :1].expand_as(same))
+        assert all(torch.equal(evaluate(clip)[:, t], evaluate(clip[t])) for t in range(3))
+        assert all(torch.equal(view[:, 1], alone)
+                   for view, alone in zip(evaluate.views(clip), evaluate.views(clip[1]), strict=True))
+
+
+def test_three_crops_lie_along_the_longer_side_and_the_middle_one_is_the_centre():
+    settings = AugmentSettings(interpolation="bilinear")
+    for height, width in ((60, 100), (100, 60)):
+        views = EvalTransform(settings, 48, crop_pct=0.8, crops=3).views(ramp(height, width))
+        assert [view.shape for view in views] == [(3, 48, 48)] * 3
+        assert torch.equal(views[1], EvalTransform(settings, 48, crop_pct=0.8)(ramp(height, width)))
+        y, x, _ = np.stack([view.numpy().astype(int) for view in views], 1)  # [view, row, col]
+        along, across = (x, y) if width > height else (y.swapaxes(1, 2), x.swapaxes(1, 2))
+        assert along[0, 24, 0] == 0 and along[2, 24, -1] >= 98 and abs(along[1, 24, 24] - 50) <= 1  # both ends, the middle
+        assert (across[0] == across[2]).all() and abs(across[1, 24, 24] - 30) <= 1
+        assert across[0, 0, 24] > 4  # the short side became 60 = 48 / 0.8: a margin of 6 pixels
+    assert len(EvalTransform(settings, 48).views(ramp(60, 100))) == 1
+    with pytest.raises(ConfigError, match="`data.clip.test_crops` is 3, but .*`data.augment.eval_crop` = resize"):
+        EvalTransform(AugmentSettings(eval_crop="resize"), 48, crops=3)
+
+
+def test_colour_jitter_is_torchvisions_with_factors_in_its_range():
+    from torchvision.transforms.v2 import functional as V
+
+    image, strength = noise(20, 20), 0.4
+    transform = TrainTransform(AugmentSettings(crop="none", hflip=0, color_jitter=strength), 20)
+    orders = set()
+    for x in range(30):
+        seed = sample_seed(1, x)
+        draw = generator(hash_seed(seed, 2))
+        factors, order = 0.6 + 0.8 * draw.random_sample(3), np.argsort(draw.random_sample(3))
+        expected = to_planes(image)
+        for number in order:
+            change = (V.adjust_brightness, V.adjust_contrast, V.adjust_saturation)[number]
+            expected = change(expected, float(factors[number]))
+        assert torch.equal(transform(image, seed), expected)
+        orders.add(tuple(order))
+        flat = np.full((20, 20, 3), 100, np.uint8)  # contrast and saturation leave a grey picture alone
+        assert abs(int(transform(flat, seed)[0, 0, 0]) - 100 * factors[0]) <= 4  # rounded three times
+    assert len(orders) == 6
+
+
+def test_erasing_is_timms():
+    """Shares and shapes of the boxes beside timm's own, on many draws; noise beside the normal distribution."""
+    from timm.data.random_erasing import RandomErasing
+
+    size, count, n = (40, 56), 2, 1500
+    numbers = np.array([len(erasing_boxes(*size, 0.7, count, sample_seed(0, x))) for x in range(n)])
+    state = random.getstate()
+    random.seed(0)
+    reference, theirs = RandomErasing(0.7, mode="const", max_count=count, device="cpu"), []
+    for _ in range(n):
+        mask = reference(torch.ones(1, *size))[0] == 0
+        rows, cols = mask.any(1).nonzero(), mask.any(0).nonzero()
+        theirs.append([mask.sum(), rows.min() if len(rows) else -1, cols.max() if len(cols) else -1])
+    random.setstate(state)
+    theirs = np.array(theirs, float)
+    masks = []
+    for x in range(n):  # overlapping boxes count once
+        mask = np.zeros(size, bool)
+        for top, left, bottom, right in erasing_boxes(*size, 0.7, count, sample_seed(0, x)):
+            mask[top:bottom, left:right] = True
+        rows, cols = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+        masks.append([mask.sum(), rows.min() if len(rows) else -1, cols.max() if len(cols) else -1])
+    masks = np.array(masks, float)
+    for mine, other in zip(masks[masks[:, 0] > 0].T, theirs[theirs[:, 0] > 0].T, strict=True):
+        quantiles = np.arange(1, 20) / 20
+        difference = np.abs(np.quantile(mine, quantiles) - np.quantile(other, quantiles))
+        assert difference.max() < 0.08 * np.ptp(other)
+    assert abs((numbers > 0).mean() - 0.7) < 0.04 and abs((numbers == 2).mean() - 0.35) < 0.04
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    transform = TrainTransform(AugmentSettings(crop="none", hflip=0, erasing=1, erasing_mode="pixel"), (200, 200))
+    black = np.zeros((200, 200, 3), np.uint8)
+    values = [[], [], []]
+    for x in range(20):
+        pixels = transform(black, sample_seed(0, x))
+        (top, left, bottom, right), = erasing_boxes(200, 200, 1, 1, sample_seed(0, x))
+        outside = pixels.clone()
+        outside[:, top:bottom, left:right] = 0
+        assert not outside.any()
+        for channel in range(3):
+            values[channel].append(pixels[channel, top:bottom, left:right].flatten().numpy())
+    for channel in range(3):
+        found = np.concatenate(values[channel]).astype(float)
+        normal = np.random.RandomState(channel).normal(mean[channel], std[channel], len(found))
+        normal = np.clip(np.round(255 * normal), 0, 255)
+        assert abs(found.mean() - normal.mean()) < 0.6 and abs(found.std() - normal.std()) < 0.6
+        for edge in (0, 255):
+            assert abs((found == edge).mean() - (normal == edge).mean()) < 0.002
+    clip = transform(np.zeros((2, 200, 200, 3), np.uint8), sample_seed(0, 0))  # one box, noise of each frame its own
+    assert torch.equal(clip[:, 0], transform(black, sample_seed(0, 0))) and not torch.equal(clip[:, 0], clip[:, 1])
+    assert ((clip[:, 0].sum(0) > 0) ^ (clip[:, 1].sum(0) > 0)).float().mean() < 0.001
 
 
 def test_evaluation_is_what_timm_does():
@@ -144,9 +288,14 @@ def test_a_sample_is_augmented_by_seed_and_number_alone_and_global_generators_st
 
 def test_wrong_options_are_named():
     for options, option in [({"resize": 20, "crop": "resize"}, "data.augment.resize"), ({"scale": (0.5, 1.2)}, "scale"),
-                            ({"ratio": (2.0, 1.0)}, "ratio"), ({"rand_augment": "auto-m9"}, "rand_augment")]:
-        with pytest.raises(ConfigError, match=f"`.*{option}`"):
+                            ({"ratio": (2.0, 1.0)}, "ratio"), ({"rand_augment": "auto-m9"}, "rand_augment"),
+                            ({"crop": "jitter", "short_side": (30, 40)}, "short_side"),
+                            ({"color_jitter": 0.4, "rand_augment": "rand-m9"}, "color_jitter` is 0.4 and .*'rand-m9'")]:
+        with pytest.raises(ConfigError, match=f"`.*{option}"):
             TrainTransform(AugmentSettings(**options), 32)
+    with pytest.raises(ConfigError) as caught:  # all at once
+        TrainTransform(AugmentSettings(scale=(2, 1), ratio=(0, 1)), 32)
+    assert "data.augment.scale" in str(caught.value) and "data.augment.ratio" in str(caught.value)
 
 
 # ------------------------------------------------------------------------------------------------------- mixing
@@ -195,6 +344,47 @@ def test_mixing_is_the_papers_formula_in_any_micro_batch(options):
         assert (soft[slot].double() - expected).abs().max() < 1e-6
     assert kinds == ({"mixup"} if "cutmix_alpha" not in options else {"cutmix"} if "mixup_alpha" not in options else
                      {"mixup", "cutmix", "none"})
+
+
+def test_all_frames_of_a_clip_are_mixed_alike():
+    settings = AugmentSettings(mixup_alpha=0.8, cutmix_alpha=1.0)
+    pixels = torch.from_numpy(noise(8 * 12, 16).reshape(8, 12, 16, 3)).permute(0, 3, 1, 2).contiguous()
+    clips = torch.stack([pixels, 255 - pixels, pixels], 2)  # [m, 3, T, H, W]
+    options = {"seed": 4, "num_classes": 5}
+    soft = mix_batch(clips, torch.arange(8) % 5, np.arange(96, 104), settings, **options)
+    for frame, alone in enumerate((pixels.clone(), 255 - pixels, pixels.clone())):
+        assert torch.equal(soft, mix_batch(alone, torch.arange(8) % 5, np.arange(96, 104), settings, **options))
+        assert torch.equal(clips[:, :, frame], alone)
+
+
+def test_mixtoken_boxes_belong_to_pairs_and_are_distributed_as_the_models_own():
+    from tubelet.models.lv_vit import draw_mix_box
+
+    settings, grid, n = AugmentSettings(mixtoken_alpha=1.0), (14, 10), 4000
+    rows = mix_boxes(np.arange(2 * n), settings, seed=3)
+    assert rows.shape == (2 * n, 3) and (rows[::2] == rows[1::2]).all() and len(np.unique(rows[::2], axis=0)) == n
+    for repeats, part in ((1, slice(10, 16)), (3, slice(12, 18))):  # any micro-batch, repeats
+        whole = mix_boxes(np.arange(24), settings, seed=3, repeats=repeats)
+        assert (mix_boxes(np.arange(24)[part], settings, seed=3, repeats=repeats) == whole[part]).all()
+        assert all((whole[x] == whole[partner(x, repeats)]).all() for x in range(24))
+    torch.manual_seed(0)
+    ours = np.array([token_box(row, grid) for row in rows[::2]])
+    theirs = np.array([draw_mix_box(grid) for _ in range(n)])
+    for mine, other in zip(ours.T, theirs.T, strict=True):
+        assert np.abs(np.bincount(mine, minlength=15) - np.bincount(other, minlength=15)).max() < 5 * (n / 4) ** 0.5
+    share = [np.mean((b[:, 2] - b[:, 0]) * (b[:, 3] - b[:, 1])) for b in (ours, theirs)]
+    assert abs(share[0] - share[1]) < 2
+    # The same box on a finer grid: edges agree to a coarse token.
+    for row in rows[:200:2]:
+        fine, coarse = token_box(row, (56, 56)), token_box(row, (14, 14))
+        assert all(abs(a - 4 * b) <= 8 for a, b in zip(fine, coarse, strict=True))
+    half = mix_boxes(np.arange(2 * n), AugmentSettings(mixtoken_alpha=1.0, mix_prob=0.3), seed=3)
+    assert abs((half[:, 0] > 0).mean() - 0.3) < 0.04 and token_box(half[half[:, 0] == 0][0], grid)[0:1] is not None
+    empty = token_box((0.0, 0.5, 0.5), grid)
+    assert empty[0] == empty[2] and empty[1] == empty[3]
+    with pytest.raises(ConfigError, match="mixtoken_alpha` is 1, .*mixup_alpha 0.8, cutmix_alpha 0"):
+        check_mixing(AugmentSettings(mixtoken_alpha=1.0, mixup_alpha=0.8), 10)
+    check_mixing(settings, 10)
 
 
 def test_lambdas_follow_their_distributions():

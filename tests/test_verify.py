@@ -77,6 +77,30 @@ def test_every_fault_is_named_and_the_exit_code_is_1(tmp_path, monkeypatch, caps
     assert code == 1 and "no shard holds a sample" in out
 
 
+def test_all_faults_of_a_damaged_shard_are_named_not_only_the_first(tmp_path, monkeypatch, capsys):
+    a, b, c = (image_bytes(np.random.RandomState(i)) for i in range(3))
+    folder = tmp_path / "set"
+    write_tar(folder / "x.tar", [("a.jpg", a), ("b.jpg", b), ("a.cls", b"1"), ("b.cls", b"1"), ("a.jpg", c), ("a.cls", b"9"),
+                                 ("../up/c.jpg", c), ("../up/c.cls", b"2"), ("d.jpg", c)])
+    os.truncate(folder / "x.tar", 9 * 512 + 3 * 2048)
+    write_tar(folder / "y.tar", [("z.jpg", a), ("z.cls", b"1")])
+    write_tar(folder / "z.tar", [])
+    (folder / "checksums.sha256").write_text(
+        f"{hashlib.sha256((folder / 'y.tar').read_bytes()).hexdigest()}  y.tar\n{'0' * 64}  z.tar\n")
+    code, out = run(monkeypatch, capsys, folder, "--duplicates", "--num-classes", 3, "--json")
+    found = json.loads(out)
+    x, y, z = ("\n".join(shard["problems"]) for shard in found["shards"])
+    for words in ("cut short", "sample a: its members do not stand together", "sample b: its members",
+                  "sample a: this key comes twice", "../up/c: its name is absolute or climbs"):
+        assert words in x, (words, x)
+    assert "sample z: the same content as a of x.tar" in y and "checksums.sha256 says 000000000000" in z
+    assert code == 1 and found["classes"]["1"] == 3 and found["problems"] > 5
+    assert verify(str(folder / "y.tar"), checksums=False).num_problems == 0
+    write_shards(tmp_path / "b", [2, 0], classes=3)
+    code, out = run(monkeypatch, capsys, tmp_path / "b")
+    assert code == 0 and "1 shard(s) hold no sample: shard-0001.tar" in out and "2 samples of" in out
+
+
 def test_many_faults_of_a_shard_are_counted_not_listed(tmp_path):
     write_tar(tmp_path / "x.tar", [(f"{i:03d}.jpg", b"1") for i in range(100)])
     report = verify(str(tmp_path / "x.tar"))

@@ -139,7 +139,7 @@ def test_a_folder_is_replaced_only_when_asked_and_only_if_it_is_shards(tmp_path,
     write_shards("made-up:photos?n=20&size=16", tmp_path / "out", shard_size=10)
     before = tree(tmp_path / "out")
     assert "--overwrite" in refused("made-up:photos?n=4&size=16", tmp_path / "out")
-    monkeypatch.setattr("data_pipelines.write.write_index", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space")))
+    monkeypatch.setattr("data_pipelines.pieces.write_index", lambda *_, **__: (_ for _ in ()).throw(OSError(28, "No space")))
     assert "cannot be written: No space" in refused("made-up:photos?n=4&size=16", tmp_path / "out", overwrite=True)
     monkeypatch.undo()
     assert tree(tmp_path / "out") == before and sorted(p.name for p in tmp_path.iterdir()) == ["out"]

@@ -10,6 +10,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from tubelet.redact import redact
+
 EXIT_ERROR = 1
 EXIT_PREEMPTED = 85  # saved, restart me
 EXIT_SUPERSEDED = 86  # a newer attempt owns this run folder
@@ -21,9 +23,9 @@ class TubeletError(Exception):
     exit_code = EXIT_ERROR
 
     def __init__(self, problem: str, hint: str = ""):
-        self.problem = problem.strip()
-        self.hint = hint.strip()
-        super().__init__(problem, hint)  # both, so that the error survives pickling between ranks and workers
+        self.problem = redact(problem.strip())  # URLs hold tokens, and errors are printed, logged and sent around
+        self.hint = redact(hint.strip())
+        super().__init__(self.problem, self.hint)  # both, so that the error survives pickling between ranks and workers
 
     def __str__(self) -> str:
         return f"{self.problem}\n  Try: {self.hint}" if self.hint else self.problem

@@ -43,6 +43,19 @@ def read_npz(source: str | Path | bytes) -> dict[str, np.ndarray]:
                            "write it again; files with pickled objects are never read") from None
 
 
+def read_npy(data: bytes) -> np.ndarray:
+    """The array in the bytes of an .npy file; object arrays (which would be pickles) are refused by numpy."""
+    import numpy as np
+
+    try:
+        if not data.startswith(b"\x93NUMPY"):  # numpy would go on to read an .npz, or try a pickle
+            raise ValueError("it does not begin as one")
+        return np.load(io.BytesIO(data), allow_pickle=False)
+    except Exception as error:  # numpy raises many kinds for a damaged file
+        raise TubeletError(f"<{len(data)} bytes> are not a plain .npy file ({type(error).__name__}: {error}).",
+                           "write it again; files with pickled objects are never read") from None
+
+
 def read_safetensors(path: str | Path) -> dict[str, torch.Tensor]:
     """All tensors of a safetensors file, on the CPU."""
     from safetensors import SafetensorError

@@ -1,0 +1,423 @@
+"""Bytes of remote files: `http(s)://`, `s3://`, `gs://`, `hf://` and whatever else fsspec knows.
+
+fsspec opens the connections and finds the credentials (environment or credential files, never settings). What matters
+for long runs is done here: transfers are read as they arrive, so that one that breaks goes on at the byte where it broke;
+libraries do not retry behind our back; time-outs are set; a client made before a fork is never used after it; and an
+error says what to do about it, with every secret blotted out. `hf://` is resolved to its `https://` address.
+
+Retrying is `persist`; which errors are worth it, `trouble`. Caching is cache.py, deciding what to read reader.py.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import os
+import random
+import socket
+import ssl
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, BinaryIO, TypeVar
+
+from tubelet.errors import DataError
+from tubelet.redact import redact
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+Storage = Mapping[str, Any]
+"""`SourceSettings.storage`: options of the fsspec file system."""
+
+CONNECT_SECONDS, READ_SECONDS = 10, 60  # to connect; without a single byte
+SLOWEST, SLOW_SECONDS = 1024, 60  # bytes per second over this many seconds, below which a transfer is broken off
+PART = 8 * 2**20  # bytes per request where a library gives no stream
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.1, 20.0  # seconds
+
+_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "hf": "huggingface_hub", "http": "aiohttp",
+             "https": "aiohttp", "az": "adlfs", "abfs": "adlfs", "abfss": "adlfs"}
+
+
+class RangeError(OSError):
+    """A server that does not give the range it was asked for."""
+
+
+@dataclass(frozen=True)
+class Stat:
+    """What a store says of a file; `tag` (ETag, checksum or time) changes with its content, "" when it has none."""
+
+    size: int
+    tag: str = ""
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A failed request in words; `final` when trying again cannot help."""
+
+    text: str
+    hint: str
+    final: bool
+
+
+# ------------------------------------------------------------------------------------------------------------ clients
+
+
+class _Clients:
+    """File systems of this process by protocol and options."""
+
+    def __init__(self) -> None:
+        self.pid, self.lock, self.made = os.getpid(), threading.Lock(), {}
+        self.resolved: dict[str, tuple[Any, str]] = {}
+
+
+_clients = _Clients()
+_inherited: list[_Clients] = []  # of the parent: never used, and never finalised, which would speak on its sockets
+
+
+def _mine() -> _Clients:
+    global _clients
+    if _clients.pid != os.getpid():
+        _inherited.append(_clients)
+        _clients = _Clients()
+    return _clients
+
+
+def filesystem(url: str, storage: Storage | None = None) -> tuple[Any, str]:
+    """The fsspec file system of a URL, made in this process, and the path in it. Raises `DataError` when the protocol is
+    unknown or its package is not installed."""
+    protocol = url.partition("://")[0]
+    mine = _mine()
+    key = protocol, json.dumps(storage or {}, sort_keys=True, default=str)
+    try:
+        with mine.lock:
+            if key not in mine.made:
+                mine.made[key] = _make(protocol, dict(storage or {}))
+            fs = mine.made[key]
+        if protocol == "hf":
+            return _hub(mine, url, fs)
+        return fs, fs._strip_protocol(url)
+    except (ImportError, ValueError) as error:
+        package = _PACKAGES.get(protocol)
+        raise DataError(f"{url} cannot be read: {error}.",
+                        (f"pip install {package}" if package else "the fsspec package of this kind of storage") +
+                        ", or copy the shards to a local disk") from None
+
+
+def _make(protocol: str, options: dict[str, Any]) -> Any:
+    import fsspec
+
+    if protocol in ("http", "https", "hf"):
+        import aiohttp
+
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=READ_SECONDS)
+        client = {"timeout": timeout, "trust_env": True}  # proxies, and ~/.netrc for credentials
+        if protocol != "hf":
+            client |= options.pop("client_kwargs", {})
+            return fsspec.filesystem("http", skip_instance_cache=True, client_kwargs=client, **options)
+        from huggingface_hub import HfFileSystem
+
+        return HfFileSystem(skip_instance_cache=True, **options), fsspec.filesystem(
+            "http", skip_instance_cache=True, client_kwargs=client)
+    if protocol in ("s3", "s3a"):
+        options["config_kwargs"] = {"connect_timeout": CONNECT_SECONDS, "read_timeout": READ_SECONDS,
+                                    "retries": {"total_max_attempts": 1}, **options.get("config_kwargs", {})}
+    fs = fsspec.filesystem(protocol, skip_instance_cache=True, **options)
+    if hasattr(fs, "retries"):
+        fs.retries = 1
+    return fs
+
+
+def _hub(mine: _Clients, url: str, made: tuple[Any, Any]) -> tuple[Any, str]:
+    """Files of the Hub are read by their https address: it streams, and the library's own retries stay out of it."""
+    if url not in mine.resolved:
+        from huggingface_hub import hf_hub_url
+
+        found = made[0].resolve_path(url)
+        mine.resolved[url] = made[1], hf_hub_url(found.repo_id, found.path_in_repo, repo_type=found.repo_type,
+                                                 revision=found.revision, endpoint=made[0].endpoint)
+    return mine.resolved[url]
+
+
+def _headers(url: str) -> dict[str, str]:
+    """Request headers of a URL as the user wrote it: the Hub's token. aiohttp keeps it from hosts it is redirected to."""
+    if not url.startswith("hf://"):
+        return {}
+    from huggingface_hub.utils import build_hf_headers
+
+    return build_hf_headers()
+
+
+# ------------------------------------------------------------------------------------------------------------ reading
+
+
+def read_range(url: str, start: int, stop: int, sink: Callable[[bytes], Any], storage: Storage | None = None) -> None:
+    """Gives the bytes [start, stop) to `sink` as they arrive; after an exception the caller knows how far it came. May
+    end early without one, when the file does."""
+    if start >= stop:
+        return
+    fs, path = filesystem(url, storage)
+    if _streams_http(fs):
+        _sync(fs, _http_range, fs, path, start, stop, sink, _headers(url))
+    elif "s3" in _protocols(fs):
+        _sync(fs, _s3_range, fs, path, start, stop, sink)
+    else:
+        while start < stop:
+            end = min(stop, start + PART)
+            data = fs.cat_file(path, start=start, end=end)
+            if len(data) > end - start:
+                raise RangeError(f"got {len(data)} of {end - start} bytes (range requests are not honoured)")
+            sink(data)
+            start += len(data)
+            if start < end:
+                return
+
+
+def stat(url: str, storage: Storage | None = None) -> Stat:
+    """Size and tag of a remote file, by one small request."""
+    fs, path = filesystem(url, storage)
+    if _streams_http(fs):  # a range of one byte: signed URLs often allow GET alone, and HEAD through the Hub loses the size
+        return _sync(fs, _http_stat, fs, path, _headers(url))
+    info = fs.info(path)
+    tag = next((str(info[name]) for name in ("ETag", "etag", "md5Hash", "mtime", "LastModified", "created")
+                if info.get(name)), "")
+    return Stat(int(info["size"]), tag)
+
+
+def read_file(url: str, storage: Storage | None = None) -> bytes | None:
+    """A whole small file; None when there is none."""
+    fs, path = filesystem(url, storage)
+    try:
+        if _streams_http(fs):
+            found: list[bytes] = []
+            _sync(fs, _http_range, fs, path, 0, None, found.append, _headers(url))
+            return b"".join(found)
+        return fs.cat_file(path)
+    except Exception as error:
+        if _status(error) == 404 or isinstance(error, FileNotFoundError) and _status(error) is None:
+            return None
+        raise
+
+
+def open_file(url: str, storage: Storage | None = None, seconds: float = 60.0) -> BinaryIO:
+    """A remote file for reading and seeking, by blocks of 64 KiB; each is tried for `seconds`."""
+    return io.BufferedReader(_Seekable(url, storage, seconds), 64 * 1024)  # type: ignore[return-value]
+
+
+class _Seekable(io.RawIOBase):
+    def __init__(self, url: str, storage: Storage | None, seconds: float):
+        self.url, self.storage, self.seconds, self.at = url, storage, seconds, 0
+        self.size = persist(lambda: stat(url, storage), url, "its size", seconds).size
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.at = max(0, offset + (0, self.at, self.size)[whence])
+        return self.at
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(0, min(len(buffer), self.size - self.at))
+        got = bytearray()
+
+        def attempt() -> None:
+            read_range(self.url, self.at + len(got), self.at + size, got.extend, self.storage)
+            if len(got) != size:
+                raise OSError(f"got {len(got)} of {size} bytes")
+
+        persist(attempt, self.url, f"{size} bytes at offset {self.at}", self.seconds, progress=lambda: len(got))
+        buffer[:size] = got
+        self.at += size
+        return size
+
+
+def _streams_http(fs: Any) -> bool:
+    return "http" in _protocols(fs)
+
+
+def _protocols(fs: Any) -> tuple[str, ...]:
+    return (fs.protocol,) if isinstance(fs.protocol, str) else tuple(fs.protocol)
+
+
+def _sync(fs: Any, function: Callable[..., Any], *args: Any) -> Any:
+    from fsspec.asyn import sync
+
+    return sync(fs.loop, function, *args)
+
+
+class _Pace:
+    """Breaks off a transfer that dribbles: each byte resets a socket's time-out, so that alone would wait for ever."""
+
+    def __init__(self) -> None:
+        self.since, self.got = time.monotonic(), 0
+
+    def add(self, count: int) -> None:
+        self.got += count
+        took = time.monotonic() - self.since
+        if took > SLOW_SECONDS:
+            if self.got < SLOWEST * took:
+                raise TimeoutError(f"only {self.got} bytes in {took:.0f} s")
+            self.since, self.got = time.monotonic(), 0
+
+
+async def _http_range(fs: Any, url: str, start: int, stop: int | None, sink: Callable[[bytes], Any],
+                      headers: dict[str, str]) -> None:
+    session = await fs.set_session()
+    options = dict(fs.kwargs)
+    headers = {**options.pop("headers", {}), **headers, "Accept-Encoding": "identity"}
+    if stop is not None:
+        headers["Range"] = f"bytes={start}-{stop - 1}"
+    pace, left = _Pace(), float("inf") if stop is None else stop - start
+    async with session.get(fs.encode_url(url), headers=headers, **options) as reply:
+        reply.raise_for_status()
+        if stop is not None:
+            _check_range(reply, start, stop)
+        async for chunk in reply.content.iter_any():
+            chunk = chunk if len(chunk) <= left else chunk[:int(left)]
+            sink(chunk)
+            pace.add(len(chunk))
+            left -= len(chunk)
+            if left <= 0:
+                return
+
+
+def _check_range(reply: Any, start: int, stop: int) -> None:
+    if reply.headers.get("Content-Encoding", "identity") not in ("identity", ""):
+        raise RangeError(f"the server compresses what it sends ({reply.headers['Content-Encoding']})")
+    if reply.status == 206:
+        given = reply.headers.get("Content-Range", "")
+        if given and not given.replace("bytes ", "").startswith(f"{start}-"):
+            raise RangeError(f"asked for bytes {start}-{stop - 1}, got Content-Range {given}")
+    elif start or reply.content_length != stop:
+        raise RangeError(f"the server ignores the Range header (status {reply.status} with the whole file of "
+                         f"{reply.content_length} bytes for bytes {start}-{stop - 1})")
+
+
+async def _http_stat(fs: Any, url: str, headers: dict[str, str]) -> Stat:
+    session = await fs.set_session()
+    options = dict(fs.kwargs)
+    headers = {**options.pop("headers", {}), **headers, "Accept-Encoding": "identity", "Range": "bytes=0-0"}
+    async with session.get(fs.encode_url(url), headers=headers, **options) as reply:
+        total = reply.headers.get("Content-Range", "").rpartition("/")[2]
+        if reply.status != 416:  # an empty file has no byte 0
+            reply.raise_for_status()
+        size = int(total) if total.isdigit() else reply.content_length if reply.status == 200 else None
+        if size is None:
+            raise RangeError("the server does not say how large the file is")
+        tag = reply.headers.get("ETag") or reply.headers.get("Last-Modified") or ""
+        reply.close()  # a server without ranges is about to send the whole file
+        return Stat(size, tag)
+
+
+async def _s3_range(fs: Any, path: str, start: int, stop: int, sink: Callable[[bytes], Any]) -> None:
+    bucket, key, version = fs.split_path(path)
+    reply = await fs._call_s3("get_object", Bucket=bucket, Key=key, Range=f"bytes={start}-{stop - 1}",
+                              **({"VersionId": version} if version else {}))
+    body, pace, left = reply["Body"], _Pace(), stop - start
+    try:
+        given = reply.get("ContentRange", "")
+        if not given.replace("bytes ", "").startswith(f"{start}-"):
+            raise RangeError(f"asked for bytes {start}-{stop - 1}, got Content-Range {given or 'nothing'}")
+        while left > 0 and (chunk := await body.read(min(left, 2**20))):
+            sink(chunk)
+            pace.add(len(chunk))
+            left -= len(chunk)
+    finally:
+        body.close()
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or error.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    """HTTP status behind an exception of aiohttp, botocore, gcsfs or huggingface_hub."""
+    for each in _chain(error):
+        reply = getattr(each, "response", None)
+        found = reply.get("ResponseMetadata", {}).get("HTTPStatusCode") if isinstance(reply, dict) else None
+        code = getattr(each, "code", None) if type(each).__module__.startswith("gcsfs") else None  # aiohttp's lies: 400
+        for value in (getattr(each, "status", None), code, found, getattr(reply, "status_code", None)):
+            if isinstance(value, (int, str)) and str(value).isdigit() and 300 <= int(value) < 600:
+                return int(value)
+    return None
+
+
+def trouble(error: BaseException, url: str) -> Trouble:
+    """What a failed request means and what to do."""
+    status, kinds = _status(error), {type(each).__name__ for each in _chain(error)}
+    text = redact(f"{type(error).__name__}: {str(error) or error.args}"[:400]).rstrip(".")
+    if url.startswith("hf://") and (status in (401, 403) or kinds & {"RepositoryNotFoundError", "GatedRepoError"}):
+        return Trouble(f"status {status or 401} of the Hub (no such repository, or it is private or gated): {text}",
+                       "check the name; HF_TOKEN or `hf auth login` for private ones; accept a gated set's terms", True)
+    if status in (401, 403, 407) or isinstance(error, PermissionError) or kinds & {"NoCredentialsError"}:
+        return Trouble(f"access denied{f' (status {status})' if status else ''}: {text}",
+                       "credentials in the environment or credential files of this node, not in settings (README, remote "
+                       "shards); a signed URL may have expired; storage={anon: true} for public buckets", True)
+    if status in (404, 410) or isinstance(error, FileNotFoundError):
+        return Trouble(f"there is no such file{f' (status {status})' if status else ''}: {text}",
+                       "check the name, the bucket and the revision; `tubelet data verify` looks at every shard", True)
+    if status == 416:
+        return Trouble(f"the file is shorter than its index says (status 416): {text}",
+                       "copy the shard again, or `tubelet data index SHARDS --overwrite` if it was meant to change", True)
+    if isinstance(error, RangeError):
+        return Trouble(str(error), "a server that honours range requests (nginx, S3 ... do); or copy the shards to a disk",
+                       True)
+    if status == 429 or (status or 0) >= 500:
+        return Trouble(f"the server is overloaded or broken (status {status}): {text}",
+                       "data.io_timeout_seconds=... waits longer; fewer data.cache.connections ask for less", False)
+    if status is not None and status >= 400:
+        return Trouble(f"the request was refused (status {status}): {text}", "check the URL and data.train[].storage", True)
+    found = {type(each) for each in _chain(error)}
+    if any(issubclass(kind, ssl.SSLError) for kind in found) or any("Certificate" in kind for kind in kinds):
+        return Trouble(f"the TLS connection cannot be made: {text}",
+                       "check the host name and the node's certificates (SSL_CERT_FILE) and clock", False)
+    if any(issubclass(kind, socket.gaierror) for kind in found) or kinds & {"ClientConnectorDNSError"}:
+        return Trouble(f"the host name is not known: {text}", "check the URL, and name resolution on this node", False)
+    if any(issubclass(kind, ConnectionRefusedError) for kind in found) or "EndpointConnectionError" in kinds:
+        return Trouble(f"nothing answers there: {text}", "check host and port, firewall and proxy of this node", False)
+    if any(issubclass(kind, TimeoutError) for kind in found) or any("Timeout" in kind for kind in kinds):
+        return Trouble(f"time-out: {text}", "check this node's network; data.io_timeout_seconds=... waits longer", False)
+    return Trouble(text, "", False)
+
+
+def persist(attempt: Callable[[], T], url: str, what: str, seconds: float, *, progress: Callable[[], int] = lambda: 0,
+            sleep: Callable[[float], None] = time.sleep, clock: Callable[[], float] = time.monotonic) -> T:
+    """attempt(), again and again with growing pauses until `seconds` have passed without `progress` (bytes so far); then,
+    or at once for what no patience heals, a `DataError`. `url` and `what` name the thing: a path or URL, and the bytes."""
+    deadline, pause, tries, before = clock() + seconds, _FIRST_PAUSE, 0, progress()
+    remote = "://" in url and not url.startswith("file://")
+    jitter = random.Random()  # of its own: nothing here may touch the global generators
+    while True:
+        tries += 1
+        try:
+            return attempt()
+        except (DataError, KeyboardInterrupt, MemoryError):
+            raise
+        except Exception as error:  # storage clients raise many kinds: OSError, aiohttp, botocore, ...
+            found = trouble(error, url) if remote else Trouble(f"{type(error).__name__}: {error}".rstrip("."), "", False)
+        if progress() > before:
+            before, deadline, pause = progress(), clock() + seconds, _FIRST_PAUSE
+        if found.final or clock() >= deadline:
+            failed = "failed" if found.final else f"failed for {seconds:g} s ({tries} times)"
+            raise DataError(f"Reading {url} {failed}: {what}: {found.text}.", found.hint or _GENERAL)
+        if tries == 1:
+            log.warning("reading %s (%s) failed (%s); trying again for up to %g s", redact(url), what, found.text, seconds)
+        # Jitter, so that a thousand readers do not come back at once.
+        sleep(min(pause * jitter.uniform(0.5, 1.5), max(deadline - clock(), 0.0)))
+        pause = min(pause * 2, _LONGEST_PAUSE)
+
+
+_GENERAL = ("check that the shard is there and readable from this node (`tubelet data verify`); a run that is started again "
+            "goes on where it stopped; data.io_timeout_seconds=... waits longer")
