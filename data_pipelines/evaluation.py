@@ -13,11 +13,12 @@ from collections.abc import Iterator
 import numpy as np
 
 from data_pipelines.augment import EvalTransform, as_pair
-from data_pipelines.batches import Batch
+from data_pipelines.batches import Batch, new_batch
 from data_pipelines.clips import test_clips
 from data_pipelines.decode import BadSample, require_decoder
-from data_pipelines.samples import Raw, Samples, cut_clips, open_sources
+from data_pipelines.samples import Raw, Samples, cut_clips, has_videos, open_sources
 from data_pipelines.settings import DataSettings, SourceSettings
+from data_pipelines.video import require_video_decoder
 from data_pipelines.workers import stream, working_on
 from tubelet.dist import World
 from tubelet.errors import DataError
@@ -36,13 +37,15 @@ class EvalLoader:
 
     def __init__(self, settings: SourceSettings, data: DataSettings, *, img_size: int | tuple[int, int],
                  num_classes: int, batch_size: int, world: World, crop_pct: float = 0.875, device_type: str = "cpu"):
-        require_decoder(data.decoder)
         self.name, self.data, self.world, self.crop_pct = settings.name, data, world, crop_pct
         self.clips, self.crops = data.clip.test_clips, data.clip.test_crops
         self.views = self.clips * self.crops
         self.protocol = f"{self.clips}x{self.crops}" if self.views > 1 or data.clip.frames > 1 else ""
         self.img_size, self.batch_size = as_pair(img_size), max(1, batch_size // self.views)
         sources = open_sources([settings], data, world)
+        require_decoder(data.decoder)
+        if has_videos(sources):
+            require_video_decoder(data.video_decoder)
         self.samples = Samples(sources, data, num_classes)
         self._ends = np.cumsum(sources[0].index.counts)
         self.size = int(self._ends[-1]) if len(self._ends) else 0
@@ -57,7 +60,7 @@ class EvalLoader:
         transform = EvalTransform(self.data.augment, self.img_size, crop_pct=self.crop_pct, crops=self.crops)
         batches = stream(lambda numbers: self._batch(numbers, transform), list(self._tasks()), pin_memory=self._pin,
                          workers=min(self.data.workers, self.num_batches), prefetch=self.data.prefetch,
-                         describe=self._describe)
+                         describe=self._describe, timeout=self.data.worker_timeout_seconds)
         for batch in batches:
             for row in batch["bad"]:
                 log.warning("validation set %s: sample %s of %s is damaged and not counted: %s", self.name, row["key"],
@@ -79,7 +82,7 @@ class EvalLoader:
         import torch
 
         count, frames = len(numbers), self.data.clip.frames
-        pixels = torch.zeros((count * self.views, 3, *([frames] if frames > 1 else []), *self.img_size), dtype=torch.uint8)
+        pixels = new_batch((count * self.views, 3, *([frames] if frames > 1 else []), *self.img_size)).zero_()
         labels = torch.zeros(count, dtype=torch.int64)
         valid = torch.zeros(count, dtype=torch.bool)
         bad = []

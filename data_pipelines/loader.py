@@ -16,14 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from data_pipelines.ahead import Ahead, start_ahead
 from data_pipelines.augment import TrainTransform
 from data_pipelines.batches import Batch, TrainBatches
 from data_pipelines.decode import decoder_version, require_decoder
 from data_pipelines.ledger import Ledger
-from data_pipelines.mix import check_mixing, mixes
+from data_pipelines.mix import check_mixing, in_pairs
 from data_pipelines.order import Order, OrderSource
-from data_pipelines.samples import Samples, Source, open_sources
+from data_pipelines.samples import Samples, Source, has_videos, open_sources
 from data_pipelines.settings import DataSettings
+from data_pipelines.token_labels import check_token_labels
+from data_pipelines.video import require_video_decoder, video_decoder_version
 from data_pipelines.workers import stream
 from tubelet.batching import check_batches, micro_batch_multiple
 from tubelet.config import flatten
@@ -47,12 +50,15 @@ class TrainLoader:
                  device_type: str = "cpu"):
         self.settings, self.seed, self.world = settings, seed, world
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.multiple = micro_batch_multiple(mixes(settings.augment), settings.repeats)
+        self.multiple = micro_batch_multiple(in_pairs(settings.augment), settings.repeats)
         check_batches(global_batch_size, micro_batch_size, world.size, self.multiple)
         check_mixing(settings.augment, num_classes)
-        require_decoder(settings.decoder)
+        check_token_labels(settings)
+        require_decoder(settings.decoder, settings.reduced_decode)
         transform = TrainTransform(settings.augment, img_size)
         self.sources = open_sources(settings.train, settings, world)
+        if has_videos(self.sources):
+            require_video_decoder(settings.video_decoder)
         self.order = Order(
             [OrderSource(s.settings.name, s.index.counts, s.settings.weight, s.index.sample_bytes) for s in self.sources],
             seed=seed, global_batch_size=global_batch_size, lanes=settings.lanes, window=settings.window,
@@ -62,6 +68,7 @@ class TrainLoader:
         self.size = self.order.size * settings.repeats
         self.ledger = Ledger(None, world.rank, settings.max_bad_fraction, world.size)
         self.fingerprint = _fingerprint(self.order, self.sources)
+        self._ahead: Ahead | None = None
         self._pin = device_type == "cuda" and settings.pin_memory
         self._running: Generator[Batch, None, None] | Iterator[Batch] | None = None
         if world.speaks:
@@ -71,7 +78,7 @@ class TrainLoader:
     def recorded_state(self) -> dict[str, Any]:
         """What a checkpoint must keep besides the position, as plain JSON values: resolved lanes and windows of the order
         (never recomputed from defaults), and the decoder, whose change is said."""
-        return {"order": self.order.resolved(), "decoder": decoder_version(self.settings)}
+        return {"order": self.order.resolved(), "decoder": decoders(self.settings, self.sources)}
 
     def batches(self, seen: int) -> Iterator[Batch]:
         """This rank's micro-batches from global sample number `seen` on, without end; ends those of an earlier call.
@@ -87,7 +94,10 @@ class TrainLoader:
         self.close()
         self.ledger.forget(seen)
         self._running = stream(self._work, self._tasks(seen), workers=self.settings.workers,
-                               prefetch=self.settings.prefetch, pin_memory=self._pin, describe=self._describe)
+                               prefetch=self.settings.prefetch, pin_memory=self._pin, describe=self._describe,
+                               timeout=self.settings.worker_timeout_seconds)
+        self._ahead = start_ahead(self.order, self.sources, self.settings, self.world, seen,
+                                  global_batch_size=self.global_batch_size)
         return self._running
 
     def consume(self, batch: Batch) -> None:
@@ -95,12 +105,19 @@ class TrainLoader:
         self.ledger.add(batch.get("bad", ()))
 
     def audit(self, seen: int) -> dict[str, float]:
-        """Scalars of the data: bad samples over all ranks, and epochs per source of a mixture. Writes the ledger; raises
-        `DataError` on all ranks alike when too many samples were bad. All ranks call it."""
+        """Scalars of the data: bad samples over all ranks, and epochs and samples per source of a mixture. Writes the
+        ledger; raises `DataError` on all ranks alike when too many samples were bad. All ranks call it."""
+        if self._ahead is not None:
+            self._ahead.consumed(seen)
         values = self.ledger.audit(seen)
         if len(self.sources) > 1:
             values |= {f"data/epoch/{name}": epochs for name, epochs in self.order.epochs(seen).items()}
+            values |= {f"data/samples/{name}": float(count) for name, count in self.order.counts(seen).items()}
         return values
+
+    def summary(self) -> str | None:
+        """The bad samples of the whole job in a line, None when there were none. All ranks call it."""
+        return self.ledger.summary()
 
     def set_ledger(self, folder: str | Path | None, seen: int = 0) -> None:
         """Keep the ledger in `folder`; lines there from `seen` on are forgotten."""
@@ -112,6 +129,9 @@ class TrainLoader:
         running, self._running = self._running, None
         if running is not None:
             running.close()  # type: ignore[union-attr] - `stream` is a generator
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
         self.samples.reader.close()
 
     def _tasks(self, seen: int) -> Iterator[np.ndarray]:
@@ -131,7 +151,7 @@ class TrainLoader:
         return f"sample {x}: {found['key']} of {found['shard']} (source `{found['source']}`)"
 
     def _notes(self, recorded: dict[str, Any]) -> Iterator[str]:
-        decoder = decoder_version(self.settings)
+        decoder = decoders(self.settings, self.sources)
         if recorded.get("decoder", decoder) != decoder:
             yield (f"the run was decoded by {recorded['decoder']} until now and goes on with {decoder}: the order of "
                    "samples is the same, pixels may differ by rounding")
@@ -140,6 +160,12 @@ class TrainLoader:
             yield f"{shards} shards for {nodes} nodes: every node reads every shard"
         if len(self.sources) > 1:
             yield "mixture: " + ", ".join(f"{name} {share:.4%}" for name, share in self.order.weights().items())
+
+
+def decoders(settings: DataSettings, sources: list[Source]) -> str:
+    """The decoders these sources are read with and their versions: other ones may give other pixels."""
+    video = f", {video_decoder_version(settings.video_decoder)}" if has_videos(sources) else ""
+    return decoder_version(settings) + video
 
 
 def compare_fingerprints(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

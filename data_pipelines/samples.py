@@ -12,12 +12,15 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from data_pipelines.augment import generator
+from data_pipelines.cache import open_cache
 from data_pipelines.clips import draw_clip
 from data_pipelines.decode import BadSample, check_label, label_member, read_class_map, read_label
-from data_pipelines.media import Media, media_members, open_media
+from data_pipelines.draws import generator
+from data_pipelines.index import open_source, stamps_of, storage_of
+from data_pipelines.media import VIDEOS, Media, Reduce, media_members, open_media
 from data_pipelines.reader import Reader
 from data_pipelines.settings import ClipSettings, DataSettings, SourceSettings
+from data_pipelines.token_labels import read_token_map
 from tubelet.dist import World
 from tubelet.errors import DataError
 
@@ -64,10 +67,15 @@ class Raw:
 
 def open_sources(settings: Sequence[SourceSettings], data: DataSettings, world: World) -> list[Source]:
     """Sources with their indexes, sorted by name as the order numbers them."""
-    from data_pipelines.index import open_source
-
     return [Source(item, open_source(item, index_dir=data.index_dir, world=world))
             for item in sorted(settings, key=lambda item: item.name)]
+
+
+def has_videos(sources: Sequence[Source]) -> bool:
+    """Whether the first sample of any source is a video."""
+    firsts = [(source, int(np.flatnonzero(source.index.counts)[0])) for source in sources]
+    return any(media_members(list(source.index.sample(shard, 0).members))[:1] in [[kind] for kind in VIDEOS]
+               for source, shard in firsts)
 
 
 class Samples:
@@ -75,7 +83,9 @@ class Samples:
 
     def __init__(self, sources: Sequence[Source], settings: DataSettings, num_classes: int):
         self.sources, self.settings, self.num_classes = list(sources), settings, num_classes
-        self.reader = Reader(settings.io_timeout_seconds)
+        indexes = [source.index for source in self.sources]
+        self.reader = Reader(settings.io_timeout_seconds, storage=storage_of(indexes),
+                             cache=open_cache(settings.cache, stamps_of(indexes)), connections=settings.cache.connections)
 
     def fetch(self, places: Iterable[Place]) -> Iterator[Raw]:
         """The bytes of samples, in order. Raises `DataError` for storage that fails."""
@@ -125,11 +135,18 @@ class Samples:
         check_label(label, self.num_classes, where)
         return label
 
-    def media(self, raw: Raw) -> Media:
-        """The picture or video. Raises `BadSample` when the bytes are none, or members are missing."""
+    def media(self, raw: Raw, reduce: Reduce | None = None) -> Media:
+        """The picture or video. Raises `BadSample` when the bytes are none, or members are missing. `reduce` (see
+        `open_media`) counts only under `data.reduced_decode`."""
         if raw.problem:
             raise BadSample(raw.problem)
-        return open_media({kind: raw.members[kind] for kind in raw.media}, self.settings)
+        members = {kind: raw.members[kind] for kind in raw.media}
+        return open_media(members, self.settings, reduce if self.settings.reduced_decode else None)
+
+    def token_map(self, raw: Raw) -> np.ndarray | None:
+        """The map of token labels, if the settings name one. Raises `BadSample`."""
+        kind = self.settings.token_labels
+        return read_token_map(raw.members[kind], self.num_classes) if kind else None
 
 
 def cut_clips(media: Media, chosen: Sequence[np.ndarray]) -> list[np.ndarray]:

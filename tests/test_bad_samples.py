@@ -13,7 +13,7 @@ from test_loader import LANES, SEED, G, Reference, decode, global_batches, loade
 from data_pipelines.augment import TrainTransform, sample_seed
 from data_pipelines.decode import BadSample, decode_image
 from data_pipelines.ledger import Ledger
-from data_pipelines.loader import EvalLoader
+from data_pipelines.evaluation import EvalLoader
 from data_pipelines.reader import Reader
 from tubelet.dist import World
 from tubelet.errors import DataError

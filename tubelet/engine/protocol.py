@@ -147,6 +147,10 @@ class Loader(Protocol):
         """Sum bad samples over ranks, write the ledger, raise on all ranks alike when over budget. All ranks call it."""
         ...
 
+    def summary(self) -> str | None:
+        """The bad samples of the whole job in a line; None when there were none. All ranks call it."""
+        ...
+
     def close(self) -> None: ...
 
 

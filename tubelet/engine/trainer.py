@@ -273,6 +273,9 @@ class Trainer:
         """The last evaluation and checkpoint."""
         self.evaluate()
         self.save()
+        told = self.loader.summary()
+        if told:
+            self.console.say(told)
         self.close()
         if self.world.speaks:
             self.run.end("finished", 0, step=self.state.step, results=self.results)

@@ -76,7 +76,8 @@ class ProgramSettings(EngineSettings):
 def micro_batch_of(settings: ProgramSettings, world_size: int) -> int:
     """The micro-batch size of these settings on that many ranks; `ConfigError` names what would fit."""
     augment = settings.data.augment
-    multiple = micro_batch_multiple(bool(augment.mixup_alpha or augment.cutmix_alpha), settings.data.repeats)
+    pairs = bool(augment.mixup_alpha or augment.cutmix_alpha or augment.mixtoken_alpha)
+    multiple = micro_batch_multiple(pairs, settings.data.repeats)
     return resolve_micro_batch(settings.global_batch_size, settings.micro_batch_size, settings.max_micro_batch_size,
                                world_size, multiple)
 
