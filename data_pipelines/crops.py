@@ -133,9 +133,11 @@ def _resize_part(pixels: torch.Tensor, box: Fractions, size: Size, interpolation
     from PIL import Image
 
     top, left, rows, cols = box
-    edges = (left, top, min(left + cols, pixels.shape[-1]), min(top + rows, pixels.shape[-2]))
-    wanted = size[1], size[0]
-    frames = [np.array(Image.fromarray(frame.permute(1, 2, 0).numpy()).resize(wanted, pil_filter(interpolation), edges))
+    first, start = math.floor(top), math.floor(left)  # the filter must not see what lies outside, as in `take`
+    pixels = pixels[..., first:math.ceil(top + rows), start:math.ceil(left + cols)]
+    edges = (left - start, top - first, left + cols - start, top + rows - first)
+    wanted, resample = (size[1], size[0]), pil_filter(interpolation)
+    frames = [np.array(Image.fromarray(frame.permute(1, 2, 0).numpy()).resize(wanted, resample, edges))
               for frame in (pixels if pixels.ndim == 4 else pixels[None])]
     return to_planes(np.stack(frames)) if pixels.ndim == 4 else to_planes(frames[0])
 

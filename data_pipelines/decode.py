@@ -42,7 +42,7 @@ def decode_image(data: bytes, *, decoder: str = "torchvision", exif: bool = Fals
     """Bytes of a picture -> uint8 [H, W, 3], contiguous and writable; of an animation its first frame.
 
     `reduce` = 2, 4 or 8 decodes a JPEG at this part of its size, rounded up, in libjpeg's cosine transform; only for
-    pictures of which `reducible_size` says that it can be.
+    pictures of which `reducible_size` says that it can be, with no side shorter than that.
     Raises `BadSample` when they do not decode, or announce more than `max_pixels` (seen before anything is decoded).
     """
     if not data:

@@ -237,6 +237,13 @@ def add_refused(problems: Problems, refused: Sequence[tuple[str, str]]) -> None:
 
 def _rows(path: Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, row) of a list, read as a stream."""
+    try:
+        yield from _read_rows(path, columns)
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise DataError(f"{path} is not a list in UTF-8 ({error}).", "a header line path,label, one line per file") from None
+
+
+def _read_rows(path: Path, columns: Columns) -> Iterator[tuple[int, dict[str, Any]]]:
     if path.suffix == ".parquet":
         yield from _parquet_rows(path, columns)
     elif path.suffix == ".jsonl":

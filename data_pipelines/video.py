@@ -95,9 +95,7 @@ class PyavVideo:
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """See `Media.read`."""
-        wanted = np.unique(np.asarray(indices, dtype=np.int64))
-        if len(wanted) and not 0 <= wanted[0] <= wanted[-1] < self.frames:
-            raise IndexError(f"frames {wanted[0]}..{wanted[-1]} of a video with {self.frames}")
+        wanted = _wanted(indices, self.frames)
         targets = np.sort(self.packet_of[wanted])
         painter = _Painter()
         for start, end in self._parts(targets):
@@ -239,6 +237,14 @@ def _is_shown(packet: Any, codec: str) -> bool:
     return not packet.is_discard and not (codec == "vp8" and not bytes(memoryview(packet)[:1])[0] & 0x10)
 
 
+def _wanted(indices: Sequence[int], frames: int) -> np.ndarray:
+    """int64: the different ones of `indices`, ascending."""
+    wanted = np.unique(np.asarray(indices, dtype=np.int64))
+    if not len(wanted) or wanted[0] < 0 or wanted[-1] >= frames:
+        raise IndexError(f"frames {wanted.tolist()} of a video with {frames}")
+    return wanted
+
+
 def fill_gaps(found: Mapping[int, np.ndarray], wanted: Sequence[int], why: str = "") -> dict[int, np.ndarray]:
     """`found` {frame: picture} completed for all of `wanted` (ascending, different): a missing one is the wanted one before
     it, or the first after it. Raises `BadSample` when more than one in eight is missing, with the reason `why`."""
@@ -270,14 +276,18 @@ def _bad(what: str, error: Exception) -> BadSample:
 
 
 class TorchcodecVideo:
-    """A `Media` on torchcodec, which uses the FFmpeg libraries of the machine. Frame numbers and times are PyAV's, and PyAV
-    has opened the file before: formats, sizes and limits are the same."""
+    """A `Media` on torchcodec, which uses the FFmpeg libraries of the machine. PyAV opens the file before, so limits, frame
+    numbers and times are the same, and so are the pixels of 8-bit video; those of deeper video differ a little (another
+    conversion), and torchcodec turns videos upright but does not mirror them. Only mp4, mov, mkv and webm: in others it
+    was seen to return wrong frames, since it seeks by times that those do not have."""
 
     def __init__(self, data: bytes, table: PyavVideo):
         from torchcodec.decoders import VideoDecoder
 
-        self.frames, self.times = table.frames, table.times
+        self.frames, self.times, kind = table.frames, table.times, table.container.format.name
         table.close()
+        if not {"mp4", "webm"} & set(kind.split(",")):
+            raise BadSample(f"torchcodec finds wrong frames in {kind} (data.video_decoder=pyav reads it)")
         try:
             self.decoder: Any = VideoDecoder(data, dimension_order="NHWC", num_ffmpeg_threads=1, seek_mode="exact")
             count = self.decoder.metadata.num_frames
@@ -288,7 +298,7 @@ class TorchcodecVideo:
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """See `Media.read`."""
-        wanted = np.unique(np.asarray(indices, dtype=np.int64)).tolist()
+        wanted = _wanted(indices, self.frames).tolist()
         found: dict[int, np.ndarray] = {}
         why = ""
         try:

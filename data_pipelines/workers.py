@@ -14,7 +14,8 @@ a fork starts in 0.05-0.1 s, whatever the size of the index, which it shares; a 
 0.7 s (1.0-1.5 s with 100,000 shards, whose list is pickled to each worker) after a first start of 5 s, with 45-70 MB more
 per worker and 500 MB for the server; spawning takes 8 s. Evaluation pays that each time. What makes a fork unsafe is kept
 out of the workers: they never touch CUDA or a process group, have one thread in torch (OpenMP's pool does not survive a
-fork), open files and clients of their own, and print and flush nothing on their way out. NCCL asks the InfiniBand driver
+fork), do not touch torch's default generator (its lock may be held at the fork), open files and clients of their own, and
+print and flush nothing on their way out. NCCL asks the InfiniBand driver
 for fork support itself.
 """
 
@@ -24,6 +25,8 @@ import ctypes
 import faulthandler
 import functools
 import glob
+import multiprocessing
+import multiprocessing.context
 import multiprocessing.sharedctypes
 import os
 import signal
@@ -42,6 +45,8 @@ _IGNORED = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT}
 _ASK = signal.SIGQUIT  # asks a worker for its stack, as it does of a Java machine
 
 TICK_SECONDS = 2.0  # while waiting, how often it is looked whether a worker died
+LARGE_BYTES = 4 * 2**20  # arrays from here on are mapped by themselves: a page fault per 4 kB, no fragments
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 CLOSE_SECONDS = 1.5  # workers may finish the sample they are at, then they are killed
 
 _slot: Any = None  # in a worker: where it writes down the sample it is at, in memory shared with the parent
@@ -102,8 +107,8 @@ def stream(function: Callable[[Any], Any], tasks: Iterable[Any], *, workers: int
         _Work(function), batch_size=None, sampler=tasks, collate_fn=_as_it_is, num_workers=workers,  # type: ignore[arg-type]
         prefetch_factor=prefetch if workers else None, pin_memory=pin_memory,
         timeout=min(TICK_SECONDS, timeout or TICK_SECONDS) if workers else 0,
-        multiprocessing_context="fork" if workers else None,
-        worker_init_fn=functools.partial(_enter, crew=crew, parent=os.getpid()),
+        multiprocessing_context=_Context(crew) if workers else None,
+        worker_init_fn=functools.partial(_enter, crew=crew),
         generator=Generator())  # of its own: a new iterator would draw from the training's generator otherwise
     crew.begin(_start(loader))
     try:
@@ -198,6 +203,7 @@ class _Crew:
             what = f"process {process.pid}"
             if not self.slots[at + _PID]:
                 what += " has not begun"
+                stacks.append(f"Process {process.pid}: {self._stack(process.pid)}")
             elif since:
                 what += f" since {(now - since) / 1e9:.0f} s" + (f" at {self._worded(x)}" if x >= 0 else " at a batch")
                 stacks.append(f"Process {process.pid}: {self._stack(process.pid)}")
@@ -287,16 +293,52 @@ def _as_it_is(result: Any) -> Any:
     return result
 
 
-def _enter(worker_id: int, *, crew: _Crew, parent: int) -> None:
-    """First act of a worker. The signals are blocked since before the fork, in every thread it will have."""
+class _Context(multiprocessing.context.ForkContext):
+    """multiprocessing's "fork", with workers that prepare themselves before torch's code runs in them."""
+
+    def __init__(self, crew: _Crew):
+        super().__init__()
+        self.crew = crew
+
+    def Process(self, *args: Any, **kwargs: Any) -> _Worker:  # type: ignore[override]
+        return _Worker(self.crew, os.getpid(), *args, **kwargs)
+
+
+class _Worker(multiprocessing.context.ForkProcess):
+    """One worker. The signals are blocked since before the fork, in every thread it will have."""
+
+    def __init__(self, crew: _Crew, parent: int, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.crew, self.parent = crew, parent
+
+    def run(self) -> None:
+        import torch
+
+        assert self.crew.stacks is not None
+        faulthandler.disable()  # of the parent's; torch sets its own handlers over it
+        faulthandler.register(_ASK, self.crew.stacks, all_threads=False)
+        # Torch seeds its default generator first of all, and waits for ever when a thread of the parent was drawing from it
+        # at the fork (seen: a start that hangs in torch.manual_seed). Here it seeds another one, which nothing uses.
+        torch.random.default_generator = torch.Generator()
+        _keep_heap_small()
+        threading.Thread(target=_watch, args=(self.parent,), daemon=True).start()
+        super().run()
+
+
+def _keep_heap_small() -> None:
+    """Large arrays from the kernel, and back to it when freed. glibc moves that limit up to 32 MB with the arrays it sees;
+    decoded clips of changing size then tear its heap to pieces (seen: 1 MB more per clip, without end)."""
+    with suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+
+
+def _enter(worker_id: int, *, crew: _Crew) -> None:
+    """After torch's preparations, before the first task."""
     global _slot
     _slot = (ctypes.c_int64 * 3).from_buffer(crew.slots, 24 * worker_id)
     _slot[_PID], _slot[_SAMPLE], _slot[_SINCE] = os.getpid(), -1, 0
     assert crew.stacks is not None
-    faulthandler.disable()  # one that the parent enabled is no longer installed: torch has set handlers of its own since
     faulthandler.enable(crew.stacks, all_threads=False)
-    faulthandler.register(_ASK, crew.stacks, all_threads=False)
-    threading.Thread(target=_watch, args=(parent,), daemon=True).start()
 
 
 def _watch(parent: int) -> None:

@@ -16,6 +16,9 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
+import threading
+import time
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
 from dataclasses import dataclass
@@ -229,9 +232,18 @@ def _here(job: Job, numbers: Sequence[int], done: list[Done]) -> Iterator[None]:
 _shared: tuple[Job, Any, Any] | None = None  # in a worker: the job, samples done by all, and whether to stop
 
 
-def _begin(job: Job, count: Any, stop: Any) -> None:
+def _begin(job: Job, count: Any, stop: Any, parent: int) -> None:
     global _shared
     _shared = job, count, stop
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says `stop`
+    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+
+
+def _leave_with(parent: int) -> None:
+    """A worker that waits for work would outlive a killed parent for ever: its siblings hold the other end of the queue."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
 
 
 def _write_in_worker(number: int) -> Done | None:
@@ -245,7 +257,7 @@ def _write_in_worker(number: int) -> Done | None:
             return end.value
         with count.get_lock():
             count.value += 1
-        if stop.value or os.getppid() == 1:  # the parent was interrupted, or is gone
+        if stop.value:
             steps.close()
             return None
 
@@ -255,7 +267,7 @@ def _side_by_side(job: Job, numbers: Sequence[int], processes: int, done: list[D
     context = multiprocessing.get_context("fork")
     count, stop = context.Value("q", 0), context.Value("b", 0)
     said = 0
-    pool = ProcessPoolExecutor(min(processes, len(numbers)), context, _begin, (job, count, stop))
+    pool = ProcessPoolExecutor(min(processes, len(numbers)), context, _begin, (job, count, stop, os.getpid()))
     try:
         futures = [pool.submit(_write_in_worker, number) for number in numbers]
         waiting = set(futures)

@@ -2,10 +2,14 @@
 frames. What is broken, cut, turned or odd has a rule, and the rule is kept."""
 
 import io
+import os
 import re
 import struct
+import subprocess
+import sys
 import tracemalloc
 from itertools import pairwise
+from pathlib import Path
 
 import av
 import numpy as np
@@ -355,6 +359,45 @@ def test_an_absent_video_decoder_is_an_error_that_names_package_and_libraries(mo
     with pytest.raises(ConfigError, match="`data.video_decoder` is torchcodec, .* Could not load libtorchcodec") as caught:
         require_video_decoder("torchcodec")
     assert all(part in caught.value.hint for part in ("pip install torchcodec", "apt-get install ffmpeg", "pyav"))
+
+
+_TORCHCODEC = """
+import sys
+import numpy as np
+from test_video import FILES, everything, make_video, number_in, open_one
+from data_pipelines.decode import BadSample
+from data_pipelines.video import require_video_decoder, video_decoder_version
+require_video_decoder("torchcodec")
+assert video_decoder_version("torchcodec").startswith("torchcodec 0."), video_decoder_version("torchcodec")
+for name, (kind, codec, options) in FILES.items():
+    data = make_video(40, kind, codec, **options)
+    try:
+        media = open_one(data, kind, video_decoder="torchcodec")
+    except BadSample as error:
+        assert kind in ("avi", "ts", "mpg") and "wrong frames" in str(error), (name, error)
+        continue
+    assert kind in ("mp4", "mkv", "webm") and media.frames == 40, name
+    theirs = everything(data)
+    for wanted in (range(40), [17], [39, 3, 3, 20]):
+        found = media.read(wanted)
+        assert found.flags.c_contiguous and found.flags.writeable and (found == theirs[list(wanted)]).all(), (name, wanted)
+try:
+    open_one(data[:60], video_decoder="torchcodec")
+except BadSample:
+    print("same frames")
+"""
+
+
+def test_torchcodec_gives_the_same_frames_or_refuses(tmp_path):
+    # It needs FFmpeg's shared libraries. PyAV brings them under names of its own; by their usual names they serve as well.
+    libraries = Path(av.__file__).parent.parent / "av.libs"
+    for path in libraries.glob("lib*.so.*"):
+        if match := re.match(r"(lib(?:av|sw)\w+)-\w+(\.so\.\d+)", path.name):
+            (tmp_path / (match[1] + match[2])).symlink_to(path)
+    places = [str(tmp_path), str(libraries), os.environ.get("LD_LIBRARY_PATH", "")]
+    done = subprocess.run([sys.executable, "-c", _TORCHCODEC], capture_output=True, text=True, cwd=Path(__file__).parent,
+                          env={**os.environ, "LD_LIBRARY_PATH": ":".join(filter(None, places))})
+    assert done.stdout.strip() == "same frames", done.stderr[-3000:]
 
 
 def test_a_picture_carries_its_number():

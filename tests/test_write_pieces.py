@@ -5,6 +5,8 @@ import os
 import shutil
 import signal
 import subprocess
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -124,6 +126,50 @@ def test_a_kill_at_any_instant_leaves_whole_shards_and_is_made_good(folder, tmp_
         assert not (tmp_path / "whole").exists()
     write_shards(str(folder), tmp_path / "whole", **SETTINGS)
     assert tree(tmp_path / "whole") == expected
+
+
+def test_processes_leave_when_their_parent_is_killed(folder, tmp_path):
+    parent = os.fork()
+    if not parent:
+        os.setsid()
+        real, started = write.treat, tmp_path / "started"
+
+        def slowly(*args):
+            started.touch()
+            time.sleep(0.5)
+            return real(*args)
+
+        write.treat = slowly
+        try:
+            write_shards(str(folder), tmp_path / "out", processes=3, **SETTINGS)
+        finally:
+            os._exit(0)
+    wait_for((tmp_path / "started").exists)
+    os.kill(parent, signal.SIGKILL)
+    os.waitpid(parent, 0)
+
+    wait_for(lambda: not alive_in_group(parent))
+    assert not (tmp_path / "out").exists()
+
+
+def alive_in_group(group):
+    """Processes of a group that are not only waiting to be buried (nobody may be there to do it in a container)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, of, *_ = path.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue
+        if int(of) == group and state != "Z":
+            found.append(path)
+    return found
+
+
+def wait_for(what):
+    deadline = time.monotonic() + 30
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def test_a_piece_of_another_plan_is_refused_with_every_difference(folder, tmp_path):
