@@ -17,9 +17,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -51,8 +50,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 REDUCTIONS = (8, 4, 2)
 
 
-@dataclass(frozen=True)
-class Augmented:
+class Augmented(NamedTuple):
     """A sample after augmentation, and what was done to its geometry, for whatever rides along (`token_labels.py`)."""
 
     pixels: torch.Tensor

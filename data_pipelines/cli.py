@@ -16,6 +16,7 @@ app = typer.Typer(help="Write, index, verify and repair WebDataset shards; look 
                   no_args_is_help=True, add_completion=False)
 
 Target = Annotated[list[str], typer.Argument(metavar="SHARDS|CONFIG", help="Shards, or a recipe; key=value overrides it")]
+Config = Annotated[str | None, typer.Option(help="A recipe whose settings are used, with SHARDS as its data")]
 Shards = Annotated[list[str], typer.Argument(help="Shards: x-{0000..0063}.tar, a folder, URLs, made-up:...; several joined")]
 IndexDir = Annotated[str | None, typer.Option(help="Folder for indexes that do not lie beside their shards")]
 Label = Annotated[str | None, typer.Option(help="Where the label is: cls, txt or json:path.to.field")]
@@ -186,3 +187,55 @@ def repair(shards: Shards,
     if found.dropped_shards:
         print(f"nothing good was left of {len(found.dropped_shards)} shard(s): {', '.join(found.dropped_shards[:10])}")
     _print_verified(found.report, decode)
+
+
+@app.command()
+def preview(target: Target,
+            out: Annotated[str, typer.Option(help="The picture")] = "preview.png",
+            config: Config = None,
+            count: Annotated[int, typer.Option(help="Samples", min=1)] = 32,
+            first: Annotated[int, typer.Option(help="Global sample number of the first one", min=0)] = 0,
+            seed: Annotated[int | None, typer.Option(help="Of order and augmentation; default: the recipe's", min=0)] = None,
+            original: Annotated[bool, typer.Option("--original", help="Each sample as it is, beside it")] = False,
+            index_dir: IndexDir = None) -> None:
+    """Draw samples as a model will see them, after augmentation, with their labels."""
+    from data_pipelines import preview as room
+    from data_pipelines.recipe import parse_target, read_recipe
+
+    recipe = read_recipe(parse_target(target, config), index_dir)
+    if seed is not None:
+        recipe.seed = seed
+    tiles = room.preview(recipe, out, count=count, first=first, original=original)
+    bad = [tile for tile in tiles if tile.bad]
+    for tile in bad:
+        print(f"bad: {tile.key} of {tile.shard}: {tile.bad}; a substitute is shown")
+    print(f"{out}: {len(tiles)} samples from number {tiles[0].x} on")
+
+
+@app.command()
+def bench(target: Target, config: Config = None,
+          workers: Annotated[int | None, typer.Option(help="data.workers; default: the recipe's", min=0)] = None,
+          batches: Annotated[int, typer.Option(help="Micro-batches that are measured", min=1)] = 8,
+          need: Annotated[float | None, typer.Option(help="Samples/s that one GPU trains")] = None,
+          index_dir: IndexDir = None, json: Json = False) -> None:
+    """Where the time of a batch goes: fetch, decode, augment, collate, transfer; what a GPU of --need samples/s wants."""
+    from json import dumps
+
+    from data_pipelines import bench as room
+    from data_pipelines.recipe import parse_target, read_recipe
+    from tubelet.console import print_table
+
+    recipe = read_recipe(parse_target(target, config), index_dir)
+    found = room.bench(recipe, batches=batches, workers=workers, need=need)
+    if json:
+        print(dumps({**found.as_json(), "verdict": room.verdict(found)}, indent=1))
+        return
+    print_table(f"{found.samples} samples in micro batches of {found.micro_batch_size}, "
+                f"{human_bytes(found.sample_bytes)} each", ["stage", "CPU ms", "wall ms", "share"], room.bench_rows(found))
+    if found.throughput is not None:
+        print(f"loader with {found.workers} worker(s): {found.throughput:,.0f} samples/s; first micro batch after "
+              f"{found.first_seconds:.2f} s")
+    if found.bad:
+        print(f"note: {found.bad} samples did not decode and are left out")
+    for line in room.verdict(found):
+        print(line)

@@ -12,8 +12,7 @@ Legend: T frames, H W rows cols. Everything here takes [3, H, W] or [T, 3, H, W]
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -28,8 +27,7 @@ Fractions = tuple[float, float, float, float]
 """(y, x, height, width) of a box in fractions of a picture's height and width."""
 
 
-@dataclass(frozen=True)
-class Cut:
+class Cut(NamedTuple):
     """A crop: `box` of the picture is resized to `scaled`, and the wanted size is cut from that at (`top`, `left`)."""
 
     box: tuple[int, int, int, int]
@@ -111,6 +109,8 @@ def take(pixels: torch.Tensor, cut: Cut, size: Size, interpolation: str, reduced
                               interpolation)
     else:
         pixels = resize(pixels[..., top:top + rows, left:left + cols], cut.scaled, interpolation)
+    if cut.scaled == size:
+        return pixels
     return pixels[..., cut.top:cut.top + size[0], cut.left:cut.left + size[1]]
 
 
@@ -159,4 +159,5 @@ def to_planes(image: np.ndarray) -> torch.Tensor:
     on."""
     import torch
 
-    return torch.from_numpy(image).movedim(-1, -3)
+    pixels = torch.from_numpy(image)
+    return pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2)

@@ -5,8 +5,9 @@ The box is drawn as timm draws it: area 0.02..1/3 of the picture (divided by the
 for each pixel of each frame, as SlowFast's cube mode does (which tries a hundred times).
 
 timm erases after normalisation, with N(0, 1). Here pixels are still bytes, so `pixel` draws N(mean, std) of the data's
-normalisation, rounded and cut off at 0 and 255. With ImageNet's values that cuts off 1.7 to 3.8 % of the numbers, those more
-than about 2 standard deviations away; after normalisation they have a standard deviation of 0.97 to 0.98, not 1.
+normalisation, rounded and cut off at 0 and 255. With ImageNet's values that cuts off 2.8 to 4.0 % of the numbers, those more
+than 1.8 to 2.6 standard deviations away; normalised they have means of 0.002 to 0.013 and standard deviations of 0.965 to
+0.975 instead of 0 and 1.
 `const` is black; timm's zero after normalisation would be the mean colour.
 
 Legend: T frames, h w rows cols of the tensor.

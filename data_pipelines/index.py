@@ -315,10 +315,10 @@ def _stats(infos: Sequence[ShardInfo], storage: Storage | None) -> Iterator[tupl
                 return
 
 
-def _read_bytes(url: str, storage: Mapping[str, Any] | None = None, seconds: float = OPEN_SECONDS) -> bytes | None:
+def _read_bytes(url: str, storage: Mapping[str, Any] | None = None, seconds: float | None = None) -> bytes | None:
     """Content of a small file, local or remote; None when there is none."""
     if is_remote(url):
-        return persist(lambda: read_file(url, storage), url, "the whole file", seconds)
+        return persist(lambda: read_file(url, storage), url, "the whole file", seconds or OPEN_SECONDS)
     try:
         return Path(url).read_bytes()
     except FileNotFoundError:

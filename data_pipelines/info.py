@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from data_pipelines.decode import PICTURES, BadSample, jpeg_header
-from data_pipelines.index import SourceIndex
+from data_pipelines.index import SourceIndex, storage_of
 from data_pipelines.labels import NO_LABEL, all_labels
 from data_pipelines.media import media_members, open_media
 from data_pipelines.order import PLAIN_LIMIT, default_window
@@ -99,7 +99,7 @@ def _media(index: SourceIndex, probe: int) -> dict[str, Any]:
     ends = np.cumsum(index.counts)
     settings = DataSettings.model_validate({"train": "unused"})
     values: dict[str, list[float]] = {}
-    failed, reader = 0, Reader(30.0)
+    failed, reader = 0, Reader(30.0, storage=storage_of([index]))
     for number in map(int, numbers):
         shard = int(np.searchsorted(ends, number, side="right"))
         ref = index.sample(shard, number - int(ends[shard] - index.counts[shard]))

@@ -86,7 +86,7 @@ class Columns:
     """Further columns, which go into a `json` member."""
 
 
-def read_inputs(source: str, *, label: str | None = None, columns: Columns = Columns(), processes: int = 1) -> Inputs:
+def read_inputs(source: str, *, label: str | None = None, columns: Columns = Columns()) -> Inputs:
     """What IN of `tubelet data write IN OUT` names, with all its problems in one `DataError`. `label` is for tars."""
     if source.startswith("made-up:"):
         return from_pictures(made_up(source), source)

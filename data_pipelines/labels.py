@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from data_pipelines.decode import BadSample, label_member, read_label
+from data_pipelines.index import storage_of
 from data_pipelines.once import cache_folder
 from data_pipelines.progress import track
 from data_pipelines.reader import Reader
@@ -42,21 +43,25 @@ def member_places(table: ShardTable, extension: str) -> tuple[np.ndarray, np.nda
 def labels_at(source: Source, shard: np.ndarray, index: np.ndarray, io_timeout_seconds: float = 60.0) -> np.ndarray:
     """int64 [n]: labels of the samples `index` of the shards `shard`; `NO_LABEL` where the rule of the source fails."""
     found = np.full(len(shard), NO_LABEL, dtype=np.int64)
-    reader, rule = Reader(io_timeout_seconds), source.index.label
+    reader, rule = Reader(io_timeout_seconds, storage=storage_of([source.index])), source.index.label
     numbers = np.unique(shard)
     try:
         for number in track(numbers.tolist(), len(numbers), "reading labels"):
             chosen = np.flatnonzero(shard == number) if len(numbers) > 1 else np.arange(len(shard))
             offsets, sizes = member_places(source.index.table(number), label_member(rule))
             url = source.index.shards[number].url
-            for slot, at in zip(chosen.tolist(), index[chosen].tolist()):
-                if sizes[at] < 0:
-                    continue
-                try:
-                    data = reader.read(url, int(offsets[at]), int(sizes[at]))
-                    found[slot] = read_label(data, rule, source.class_map)
-                except BadSample:
-                    continue
+            wanted = [(slot, (url, int(offsets[at]), int(sizes[at])))
+                      for slot, at in zip(chosen.tolist(), index[chosen].tolist()) if sizes[at] >= 0]
+            for start in range(0, len(wanted), 512):
+                part = wanted[start:start + 512]
+                requests = [request for _, request in part]
+                # side by side from far away; here one by one, or the small pictures between labels would be read as well
+                read = reader.read_many(requests) if is_remote(url) else (reader.read(*request) for request in requests)
+                for (slot, _), data in zip(part, read):
+                    try:
+                        found[slot] = read_label(data, rule, source.class_map)
+                    except BadSample:
+                        continue
     finally:
         reader.close()
     return found

@@ -17,6 +17,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from data_pipelines.index import SourceIndex, open_source
+from data_pipelines.mix import in_pairs, mixes
 from data_pipelines.order import PLAIN_LIMIT, Order, OrderSource
 from data_pipelines.settings import DataSettings
 from data_pipelines.shards import is_remote
@@ -136,11 +137,11 @@ def plan_data(data: DataSettings, *, nodes: int, gpus_per_node: int, global_batc
     if sources is None:
         sources = [open_source(item, index_dir=data.index_dir, world=World()) for item in data.train]
     weights = {item.name: item.weight for item in data.train}
-    mixing = data.augment.mix_prob > 0 and (data.augment.mixup_alpha > 0 or data.augment.cutmix_alpha > 0)
+    mixing = mixes(data.augment)
     micro: int | None = None
     try:
         micro = resolve_micro_batch(global_batch_size, micro_batch_size, max_micro_batch_size, world,
-                                    micro_batch_multiple(mixing, data.repeats))
+                                    micro_batch_multiple(in_pairs(data.augment), data.repeats))
     except TubeletError as error:
         advice.append(Advice(error.problem, error.hint, fatal=True))
     order = None

@@ -357,7 +357,8 @@ def _status(error: BaseException) -> int | None:
 def trouble(error: BaseException, url: str) -> Trouble:
     """What a failed request means and what to do."""
     status, kinds = _status(error), {type(each).__name__ for each in _chain(error)}
-    text = redact(f"{type(error).__name__}: {str(error) or error.args}"[:400]).rstrip(".")
+    worded = next((each for each in _chain(error) if str(each)), error)  # fsspec wraps a time-out and drops its words
+    text = redact(f"{type(worded).__name__}: {worded}"[:400]).rstrip(".: ")
     if url.startswith("hf://") and (status in (401, 403) or kinds & {"RepositoryNotFoundError", "GatedRepoError"}):
         return Trouble(f"status {status or 401} of the Hub (no such repository, or it is private or gated): {text}",
                        "check the name; HF_TOKEN or `hf auth login` for private ones; accept a gated set's terms", True)
@@ -377,6 +378,8 @@ def trouble(error: BaseException, url: str) -> Trouble:
     if status == 429 or (status or 0) >= 500:
         return Trouble(f"the server is overloaded or broken (status {status}): {text}",
                        "data.io_timeout_seconds=... waits longer; fewer data.cache.connections ask for less", False)
+    if kinds & {"BadHttpMessage", "BadStatusLine", "InvalidHeader", "LineTooLong", "TransferEncodingError"}:
+        return Trouble(f"the answer is garbled: {text}", "check proxies between this node and the server", False)
     if status is not None and status >= 400:
         return Trouble(f"the request was refused (status {status}): {text}", "check the URL and data.train[].storage", True)
     found = {type(each) for each in _chain(error)}

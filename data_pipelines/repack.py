@@ -25,6 +25,7 @@ from data_pipelines.scan import SampleRef, ShardTable, idx_bytes, scan_shard
 from data_pipelines.shards import INDEX_NAME, base_name, expand, folder_of, is_remote, missing, read_index_json
 from tubelet import safe_io
 from tubelet.errors import DataError, Problems, TubeletError
+from tubelet.redact import identity
 
 RETRY_SECONDS = 300.0  # a read from remote storage is tried again for this long
 
@@ -62,7 +63,7 @@ def list_tars(source: str, *, label: str | None = None) -> Inputs:
         for i in np.flatnonzero(reasons):
             ref = table.sample(int(i), url)
             members = ", ".join(ref.members)
-            refused.append((f"{url}, sample {ref.key}", {
+            refused.append((f"{identity(url)}, sample {ref.key}", {
                 1: f"has no picture or video among its members ({members})", 2: "has an empty picture or video (0 bytes)",
                 3: f"has no `{label_member(rule)}` member for the label (it has {members})"}[int(reasons[i])]))
     rows = np.concatenate(kept)
@@ -78,7 +79,7 @@ def list_tars(source: str, *, label: str | None = None) -> Inputs:
 
     def name(i: int) -> str:
         ref = reference(i)
-        return f"{ref.url}, sample {ref.key}"
+        return f"{identity(ref.url)}, sample {ref.key}"
 
     digest = hashlib.sha256(rule.encode())
     for table, url in zip(tables, urls):

@@ -10,6 +10,7 @@ Not here: sound (dropped), colour profiles (dropped; no reader here applies them
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import tempfile
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 PRESETS = ("ultrafast", "superfast", "veryfast", "faster", "fast", "medium", "slow", "slower", "veryslow")
 KEYFRAMES = 32
 _ORIENTATION = 0x0112
+_OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EMFILE, errno.ENFILE}
 
 
 @dataclass(frozen=True)
@@ -204,6 +206,8 @@ def _opened(data: bytes) -> Iterator[tuple[InputContainer, av.VideoStream]]:
             stream.codec_context.thread_count = 1
             yield container, stream
     except (av.FFmpegError, EOFError) as error:
+        if isinstance(error, av.FFmpegError) and error.errno in _OF_THE_DISK:  # nothing that the sample can help
+            raise OSError(error.errno, f"{os.strerror(error.errno)} (in {tempfile.gettempdir()})") from None
         raise BadSample(f"does not decode: {type(error).__name__}: {getattr(error, 'strerror', None) or error}") from None
 
 

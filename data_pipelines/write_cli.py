@@ -15,7 +15,8 @@ from tubelet.files import human_bytes
 IN = ("A folder of class folders (pictures, videos); a .csv, .tsv, .jsonl or .parquet with path and label; an .npz with "
       "images and labels; tars of others (a folder, x-{0000..0063}.tar, URLs); "
       "made-up:fractals?n=2000&size=64&classes=10&seed=0, "
-      "made-up:digits?split=train&size=32, made-up:photos?n=200&size=64&classes=10")
+      "made-up:digits?split=train&size=32, made-up:photos?n=200&size=64&classes=10, "
+      "made-up:videos?n=40&size=48&frames=24&classes=5")
 
 
 def write(source: Annotated[str, typer.Argument(metavar="IN", help=IN)],

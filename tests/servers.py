@@ -37,8 +37,8 @@ http {{
 
 
 class Nginx:
-    def __init__(self, root, port):
-        self.root, self.port, self.url = root, port, f"http://127.0.0.1:{port}"
+    def __init__(self, folder, root, port):
+        self.folder, self.root, self.port, self.url = folder, root, port, f"http://127.0.0.1:{port}"
 
     def log(self):
         """[(method, path, status, bytes of the body, Range header)] so far."""
@@ -57,15 +57,13 @@ def nginx(folder, root):
     assert os.path.exists(program), "these tests need nginx: apt-get install -y nginx-light"
     (root / "tmp").mkdir(parents=True)
     port = free_port()
-    (root / "conf").write_text(_NGINX.format(root=root, port=port, folder=folder)
-                               + (f"# run by {os.getuid()}\n"))
-    head = "user root;\n" if os.getuid() == 0 else ""  # else its worker could not enter pytest's folders
-    (root / "conf").write_text(head + (root / "conf").read_text())
+    head = "user root;" if os.getuid() == 0 else ""  # else its worker could not enter pytest's folders
+    (root / "conf").write_text(head + _NGINX.format(root=root, port=port, folder=folder))
     process = subprocess.Popen([program, "-p", str(root), "-c", str(root / "conf"), "-e", str(root / "error.log")],
                                stderr=subprocess.DEVNULL)
     try:
         _await(port, process)
-        yield Nginx(root, port)
+        yield Nginx(folder, root, port)
     finally:
         process.terminate()
         process.wait(10)
@@ -90,8 +88,8 @@ def s3():
 @contextmanager
 def hub(repositories, token=None, redirect_to=None):
     """The calls that huggingface_hub makes for files of data set repositories: {"user/name": {path: bytes}}. With `token`
-    all need it. `redirect_to`: base URL that `resolve` sends to, as the real one does to its CDN. Yields (url, requests),
-    where requests collects (method, path, headers)."""
+    all need it. `redirect_to`: base URL that `resolve` sends to, as the real one does to its CDN; a repository named ""
+    answers there for plain names. Yields (url, requests), where requests collects (method, path, headers)."""
     requests = []
 
     class Handler(BaseHTTPRequestHandler):
@@ -122,7 +120,7 @@ def hub(repositories, token=None, redirect_to=None):
                         "siblings": [{"rfilename": name} for name in repositories[match[1]]]}
                 return self.answer(200, json.dumps(body).encode(), Content_Type="application/json")
             match = re.fullmatch(r"/datasets/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path)
-            content = repositories.get(match[1], {}).get(match[3]) if match else None
+            content = repositories.get(match[1], {}).get(match[3]) if match else repositories.get("", {}).get(path[1:])
             if content is None:
                 return self.answer(404, b"Entry not found", X_Error_Code="EntryNotFound")
             if redirect_to:

@@ -1,9 +1,11 @@
 """Whatever is written (lists, videos, tars of others), nothing is lost, merged or dropped without a word."""
 
 import csv
+import errno
 import io
 import json
 import tarfile
+from fractions import Fraction
 
 import av
 import numpy as np
@@ -14,9 +16,11 @@ import webdataset as wds
 from little_shards import image_bytes, write_tar
 from PIL import Image
 
+from data_pipelines.decode import BadSample
 from data_pipelines.index import open_source
 from data_pipelines.inputs import Columns, FileTable, read_inputs
-from data_pipelines.settings import SourceSettings
+from data_pipelines.media import open_media
+from data_pipelines.settings import DataSettings, SourceSettings
 from data_pipelines.transcode import Treatment, check_video, transcode_video, treat_picture
 from data_pipelines.write import write_shards
 from tubelet.errors import DataError
@@ -273,6 +277,55 @@ def test_videos_get_small_sides_near_keyframes_and_keep_their_frames(tmp_path):
         assert np.abs(np.array(grey) - [min(255, 4 * i) for i in range(len(grey))])[:60].max() < 8
     assert transcode_video(sources["sound"], treatment) == found["sound"]  # the same bytes again
     check_video(found["turned"])
+
+
+def test_every_frame_keeps_its_time_whatever_the_video_was(tmp_path):
+    """Irregular times, another codec, full-range colours; what is no video, or damaged, is a bad sample and nothing else."""
+    times = np.cumsum(np.random.RandomState(0).randint(10, 90, 30)).tolist()
+    for codec, kind, form, unit in (("libx264", "mp4", "yuv420p", 1000), ("libvpx-vp9", "webm", "yuv420p", 1000),
+                                    ("mjpeg", "matroska", "yuvj420p", 1000), ("libx264", "mpegts", "yuv420p10le", 90000)):
+        buffer = io.BytesIO()
+        with av.open(buffer, "w", format=kind) as target:
+            stream = target.add_stream(codec, rate=25)
+            stream.width, stream.height, stream.pix_fmt = 96, 64, form
+            stream.codec_context.time_base = Fraction(1, unit)
+            for i, milliseconds in enumerate(times):
+                frame = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 20 + 7 * i, np.uint8), "rgb24")
+                frame.pts, frame.time_base = milliseconds * unit // 1000, Fraction(1, unit)
+                target.mux(stream.encode(frame))
+            target.mux(stream.encode())
+        before = frames_of(buffer.getvalue())
+        data = transcode_video(buffer.getvalue(), Treatment(video_short_side=32, keyframes=8))
+        after = frames_of(data)
+        assert [time for _, time in after] == pytest.approx([time for _, time in before], abs=1e-3)
+        grey = np.array([picture.mean() for picture, _ in after]) - [20 + 7 * i for i in range(30)]
+        assert np.abs(grey).max() < 4, (codec, grey)
+        media = open_media({"mp4": data}, DataSettings.model_validate({"train": "x"}))  # as a loader will see it
+        assert media.frames == 30 and np.abs(media.read([17]).mean() - (20 + 7 * 17)) < 4
+        media.close()
+    sound = io.BytesIO()
+    with av.open(sound, "w", format="mp4") as target:
+        stream = target.add_stream("aac", rate=8000, layout="mono")
+        noise = av.AudioFrame.from_ndarray(np.zeros((1, 8000), np.float32), format="fltp", layout="mono")
+        noise.rate = 8000
+        target.mux(stream.encode(noise))
+        target.mux(stream.encode())
+    damaged = bytearray(video(60))
+    damaged[900:-1800:37] = bytes(byte ^ 0x55 for byte in damaged[900:-1800:37])
+    for data, said in ((sound.getvalue(), "no video stream"), (b"", "does not decode"), (b"junk" * 99, "does not decode"),
+                       (bytes(damaged), "does not decode")):
+        for call in (check_video, lambda data: transcode_video(data, Treatment(keyframes=8))):
+            with pytest.raises(BadSample, match=said):
+                call(data)
+
+
+def test_a_full_disk_is_not_the_fault_of_a_video(tmp_path, monkeypatch):
+    monkeypatch.setattr("data_pipelines.transcode._frames", lambda *_: (_ for _ in ()).throw(
+        av.FFmpegError(errno.ENOSPC, "No space left on device", "video.mp4")))
+    (tmp_path / "in/a").mkdir(parents=True)
+    (tmp_path / "in/a/1.mp4").write_bytes(video(2))
+    text = refused(str(tmp_path / "in"), tmp_path / "out", treatment=Treatment(keyframes=8), on_error="skip")
+    assert "No space left" in text and "check space" in text
 
 
 def test_a_turned_video_stands_upright_as_its_own_matrix_says(tmp_path):
