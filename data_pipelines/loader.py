@@ -10,7 +10,7 @@ Legend: G global batch, W ranks, m micro-batch, R repeats, x global sample numbe
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,7 +48,7 @@ class TrainLoader:
     def __init__(self, settings: DataSettings, *, seed: int, img_size: int | tuple[int, int], num_classes: int,
                  global_batch_size: int, micro_batch_size: int, world: World, recorded: dict[str, Any] | None = None,
                  device_type: str = "cpu"):
-        self.settings, self.seed, self.world = settings, seed, world
+        self.settings, self.seed, self.world, self.img_size = settings, seed, world, img_size
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
         self.multiple = micro_batch_multiple(in_pairs(settings.augment), settings.repeats)
         check_batches(global_batch_size, micro_batch_size, world.size, self.multiple)
@@ -74,6 +74,11 @@ class TrainLoader:
         if world.speaks:
             for note in self._notes(recorded or {}):
                 log.warning("note: %s", note)
+
+    def set_colors(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Mean and standard deviation of the data's normalisation (0..1): the colours that augmentation fills and erases
+        with. Before `batches`."""
+        self._work.transform = TrainTransform(self.settings.augment, self.img_size, mean=tuple(mean), std=tuple(std))
 
     def recorded_state(self) -> dict[str, Any]:
         """What a checkpoint must keep besides the position, as plain JSON values: resolved lanes and windows of the order

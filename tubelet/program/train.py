@@ -56,8 +56,8 @@ def train(loaded: Loaded[P], world: dist.World) -> dict[str, float]:
             source = begin_from_weights(model, settings.init, settings.model, settings.seed, speaks=world.speaks)
         for warning in set_picture_cfg(model, settings.model, source):
             print(f"warning: {warning}" if world.speaks else "", end="\n" if world.speaks else "", flush=True)
-        cfg = {**model_cfg(model), "interpolation": settings.data.augment.interpolation}
-        data.set_crop(cfg.get("crop_pct") or 0.875)
+        cfg = {**model_cfg(model), "interpolation": evaluated_with(settings.data.augment.interpolation)}
+        data.set_picture(cfg)
         shape = check_clips(input_shape(model, settings.model.img_size), settings.data.clip.frames)
         flops = flops_per_sample_training(model, settings.model.img_size)
         hub = {**hub_config(model, settings.model), "pretrained_cfg": cfg}
@@ -100,6 +100,11 @@ def check_clips(shape: tuple[int, ...], frames: int) -> tuple[int, ...]:
                           f"data.clip.frames={wanted}" + (f", or model.kwargs.num_frames={frames}" if len(shape) == 4 else
                                                           ", or a video model (`tubelet models`)"))
     return shape
+
+
+def evaluated_with(interpolation: str) -> str:
+    """The filter of evaluation, for the `pretrained_cfg`; training may choose one by sample."""
+    return "bicubic" if interpolation == "random" else interpolation
 
 
 def quiet() -> None:
@@ -154,9 +159,11 @@ class Data:
     val: list[EvalLoader]
     total_steps: int
 
-    def set_crop(self, crop_pct: float) -> None:
+    def set_picture(self, cfg: dict[str, Any]) -> None:
+        """What is known only once the weights are: the crop of evaluation, and the colours that augmentation fills with."""
         for loader in self.val:
-            loader.crop_pct = crop_pct
+            loader.crop_pct = cfg.get("crop_pct") or 0.875
+        self.train.set_colors(cfg["mean"], cfg["std"])
 
 
 def build_data(settings: ProgramSettings, world: dist.World, micro_batch_size: int, beginning: Beginning,

@@ -10,7 +10,7 @@ from tubelet import dist
 from tubelet.engine.checkpoint.folder import choose, published
 from tubelet.engine.checkpoint.format import Index, read_manifest
 from tubelet.engine.checkpoint.load import assemble
-from tubelet.errors import CheckpointError
+from tubelet.errors import CheckpointError, ConfigError
 from tubelet.models.build import build_model, model_cfg
 from tubelet.models.cost import input_shape
 from tubelet.models.from_image import from_image
@@ -77,7 +77,10 @@ def made_up_weights(settings: ModelSettings, seed: int) -> tuple[dict[str, Any],
     size = settings.img_size
     half = size // 2 if isinstance(size, int) else (size[0] // 2, size[1] // 2)
     other = settings.model_copy(update={"img_size": half, "num_classes": settings.num_classes + 1})
-    model = build_model(other, seed=seed + 1)
+    try:
+        model = build_model(other, seed=seed + 1)
+    except ConfigError:  # a model without tables, whose stages halve the picture further than this
+        model = build_model(other.model_copy(update={"img_size": size}), seed=seed + 1)
     return model.state_dict(), model_cfg(model)
 
 
