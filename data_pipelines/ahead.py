@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _LOOK = 2**16  # samples whose places are computed at once when whole shards are put in order
-_PAUSE = 0.05  # seconds between looks at the position
+_PAUSE = 0.02  # seconds between looks at the position
 _REST, _LONG_REST = 1.0, 30.0  # seconds without new transfers when there is no room, and when the disk cannot be written
 
 
@@ -62,7 +62,7 @@ class Ahead:
     def wait(self, seconds: float) -> bool:
         """Waits until everything within `data.cache.ahead` batches was fetched or given up; False after `seconds`."""
         deadline = time.monotonic() + seconds
-        while not self._position[1]:
+        while self._position[1] < self._position[0]:
             if time.monotonic() > deadline or not self._process.is_alive():
                 return False
             time.sleep(0.01)
@@ -94,7 +94,7 @@ def start_ahead(order: Order, sources: Sequence[Source], settings: DataSettings,
     share = global_batch_size // world.size
     mine = range(world.rank * share, (world.rank + world.local_size) * share)
     plan = Plan(order, indexes, settings.cache, mine, global_batch_size, seen)
-    position = multiprocessing.sharedctypes.RawArray(ctypes.c_int64, [seen, 0])
+    position = multiprocessing.sharedctypes.RawArray(ctypes.c_int64, [seen, -1])  # and up to where all is fetched
     process = multiprocessing.get_context("fork").Process(
         target=_run, args=(plan, cache, position, settings.io_timeout_seconds, os.getpid()), daemon=True, name="ahead")
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, _IGNORED)  # blocked from its first instruction on
@@ -212,7 +212,8 @@ class Fetcher:
         self.queue: deque[Piece] = deque()
         self.shards = plan.whole_shards()
         self.running: dict[Future[Path | None], Piece] = {}
-        self.kept: dict[Path, int | None] = {}  # path -> the last sample that needs it
+        self.windows: dict[Path, int] = {}  # pieces in use or under way, and the last sample that needs each
+        self.pinned: set[Path] = set()  # these and whole shards; room for a shard is made among shards only
         self.said: set[type[DataError]] = set()
         self.rest = 0.0  # no new transfers until then
         self.pool = ThreadPoolExecutor(plan.settings.connections, thread_name_prefix="ahead")
@@ -231,8 +232,12 @@ class Fetcher:
                 break
             if piece.last is not None and piece.last < seen:
                 continue
-            keep = frozenset(path for path, last in self.kept.items() if last is not None or piece.last is not None)
-            task = self.pool.submit(self.cache.fetch, piece.url, piece.start, piece.stop, seconds=self.seconds, keep=keep,
+            path = self.cache.place(piece.url, piece.start, piece.stop)
+            if piece.last is not None:
+                self.windows[path] = piece.last
+            self.pinned.add(path)
+            task = self.pool.submit(self.cache.fetch, piece.url, piece.start, piece.stop, seconds=self.seconds,
+                                    keep=self.windows if piece.last is None else self.pinned,
                                     storage=self.plan.indexes[piece.source].storage)
             self.running[task] = piece
         if self.running:
@@ -252,18 +257,21 @@ class Fetcher:
                 self.rest = time.monotonic() + (_REST if isinstance(error, NoRoom) else _LONG_REST)
                 if piece.last is not None:
                     self.queue.appendleft(piece)
+            self._unpin(self.cache.place(piece.url, piece.start, piece.stop))
             return
-        if path is not None:
-            self.kept[path] = piece.last
-        else:  # another process is fetching it
+        if path is None:  # another process is fetching it
             self.queue.append(piece)
             time.sleep(_PAUSE)
 
+    def _unpin(self, path: Path) -> None:
+        self.windows.pop(path, None)
+        self.pinned.discard(path)
+
     def _drop(self, seen: int) -> None:
-        for path in [path for path, last in self.kept.items() if last is not None and last < seen]:
-            del self.kept[path]
+        for path in [path for path, last in self.windows.items() if last < seen]:
+            self._unpin(path)
             self.cache.drop(path)
-        if len(self.known) > 2 * len(self.kept) + 100_000:
+        if len(self.known) > 2 * len(self.windows) + 100_000:
             self.known = {window for window in self.known if self.plan.order.span(window)[1] >= seen}
 
 
@@ -272,8 +280,9 @@ def _run(plan: Plan, cache: Cache, position: Any, io_timeout_seconds: float, par
     fetcher = Fetcher(plan, cache, io_timeout_seconds)
     while True:
         try:
-            if fetcher.turn(int(position[0])):
-                position[1] = 1
+            seen = int(position[0])
+            if fetcher.turn(seen):
+                position[1] = seen
                 time.sleep(_PAUSE)
         except DataError as error:  # an index that cannot be read: readers will say so and stop
             log.warning("reading ahead has stopped: %s", error)

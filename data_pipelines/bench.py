@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -105,6 +106,7 @@ def bench(recipe: Recipe, *, batches: int = 8, workers: int | None = None, need:
                          global_batch_size=recipe.global_batch_size, micro_batch_size=micro, world=World(),
                          device_type=_device()[0])
     try:
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"torch\.")  # on the number of workers: asked for
         found = _stages(recipe, loader, micro, batches, need)
         _whole(found, loader, micro, max(batches, 2 * data.workers * data.prefetch))
     finally:

@@ -102,6 +102,10 @@ class Cache:
                 self._listings.popitem(last=False)
         return found
 
+    def place(self, url: str, start: int, stop: int) -> Path:
+        """Where a piece is, or will be."""
+        return self.path(url) / f"{start}-{stop}"
+
     def path(self, url: str) -> Path:
         """The folder of a shard's pieces."""
         text = f"{identity(url)}\n{self.stamps.get(url, '')}"
@@ -171,7 +175,8 @@ class Cache:
     def fetch(self, url: str, start: int, stop: int, *, storage: Storage | None, seconds: float,
               keep: Collection[Path] = ()) -> Path | None:
         """Makes the bytes [start, stop) a piece, unless one has them; its path, or None when another process is at it.
-        Raises `NoRoom` when there is none beside `keep`, `DiskError` when the disk is the trouble, else as reading does."""
+        Raises `NoRoom` when there is none beside `keep` (paths in use; may change meanwhile), `DiskError` when the disk is
+        the trouble, else as reading does."""
         folder = self.path(url)
         final = folder / f"{start}-{stop}"
         if final.exists():
@@ -182,7 +187,7 @@ class Cache:
         handle = -1
         try:
             with self._locked():  # the .part that others count must be there before they look
-                if not self._make_room(stop - start, {*keep, part}):
+                if not self._make_room(stop - start, keep, part):
                     raise NoRoom(f"The cache of remote shards in {self.folder} has no room for {human_bytes(stop - start)} "
                                  f"beside what is in use; its limit is {human_bytes(self.limit_bytes)}.",
                                  "data.cache.limit_gb=... for more; until then the rest is read by range requests")
@@ -242,20 +247,20 @@ class Cache:
         with self._locked():
             return self._make_room(nbytes, keep)
 
-    def _make_room(self, nbytes: int, keep: Collection[Path]) -> bool:
+    def _make_room(self, nbytes: int, keep: Collection[Path], own: Path | None = None) -> bool:
         found, used, now = [], 0, time.time()
         for path, state in self._files():
             bounds = _bounds(path.name)
             if bounds is None:
                 continue
             size = state.st_size
-            if path.suffix == ".part" and path not in keep:
+            if path == own:
+                continue  # counted in nbytes
+            if path.suffix == ".part":
                 if _is_locked(path):
                     size = bounds[1] - bounds[0]  # what it will be
                 elif now - state.st_mtime > SWEEP_SECONDS and _unlink_idle(path):
                     continue
-            elif path.suffix == ".part":
-                size = 0  # our own, counted in nbytes
             used += size
             found.append((state.st_mtime, size, path))
         for _, size, path in sorted(found, key=lambda item: item[0]):

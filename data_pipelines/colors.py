@@ -67,7 +67,8 @@ class RandAugment:
 
     def sources(self, seed: int, rows: int, cols: int) -> np.ndarray:
         """int64 [rows, cols]: the number (row * cols + col) of the cell of a map that each cell shows after the geometric
-        operations of this seed, nearest by its centre; -1 = from outside the picture."""
+        operations of this seed, nearest by its centre; -1 = from outside the picture. Angles are those of the map's grid, as
+        in the released code of token labeling: a picture that is not square turns a little differently."""
         from PIL import Image
 
         cells = Image.fromarray(np.arange(1, rows * cols + 1, dtype=np.int32).reshape(rows, cols))  # 0 = outside
@@ -90,17 +91,21 @@ class _Ignored:
 
 
 def jitter_colors(pixels: torch.Tensor, strength: float, seed: int) -> torch.Tensor:
-    """Brightness, contrast and saturation of uint8 [..., 3, H, W] in random order, each by a factor uniform in
+    """Brightness, contrast and saturation of uint8 [3, H, W] or [T, 3, H, W] in random order, each by a factor uniform in
     max(0, 1 - strength)..1 + strength; contrast around each frame's own mean."""
+    import torch
     from torchvision.transforms.v2 import functional
 
     draw = stream(seed, COLORS)
     changes = functional.adjust_brightness, functional.adjust_contrast, functional.adjust_saturation
     low, high = max(0.0, 1 - strength), 1 + strength
     factors = low + (high - low) * draw.random_sample(3)
-    for number in np.argsort(draw.random_sample(3)):
-        pixels = changes[number](pixels, float(factors[number]))
-    return pixels
+    order, frames = np.argsort(draw.random_sample(3)), []
+    for frame in pixels if pixels.ndim == 4 else pixels[None]:  # all at once they leave the cache: 1.5 times as long
+        for number in order:
+            frame = changes[number](frame, float(factors[number]))
+        frames.append(frame)
+    return torch.stack(frames) if pixels.ndim == 4 else frames[0]
 
 
 @contextmanager

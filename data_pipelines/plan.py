@@ -222,9 +222,10 @@ def _about_order(plan: DataPlan, size: int, data: DataSettings) -> list[Advice]:
                 hint = f"data.lanes={wanted}; or {hint}"
             found.append(Advice(f"A micro-batch covers about {source.cover:.1f} shards{name} (m N / (C s)), fewer than "
                                 f"{COVER}: on sorted shards BatchNorm and mixing see few classes at a time.", hint))
+        each = source.samples // (plan.nodes * 4)
         if source.shards < plan.nodes:
             found.append(Advice(f"{source.shards} shard(s){name} for {plan.nodes} nodes: every node reads every shard.",
-                                f"`tubelet data write --shard-size {max(1, source.samples // (plan.nodes * 4))}`"))
+                                f"`tubelet data write --shard-size {each}`" if each >= 16 else "fewer nodes"))
     return found
 
 
@@ -286,6 +287,10 @@ def _about_storage(plan: DataPlan, sources: list[SourceIndex], data: DataSetting
     return found
 
 
+def _steps(count: float) -> str:
+    return f"{count:,.1f}" if count >= 10 else f"{count:.3g}"
+
+
 def plan_rows(plan: DataPlan) -> list[tuple[str, str]]:
     """What `tubelet data plan` prints, (what, value)."""
     ranks = plan.nodes * plan.gpus_per_node
@@ -294,7 +299,7 @@ def plan_rows(plan: DataPlan) -> list[tuple[str, str]]:
         pieces = plan.global_batch_size // (plan.micro_batch_size * ranks)
         rows.append(("batch", f"{plan.global_batch_size} = {plan.micro_batch_size} x {pieces} x {ranks} ranks"))
     rows += [("nodes that fit", ", ".join(map(str, plan.fitting_nodes)) or "none"), ("lanes", str(plan.lanes)),
-             ("steps per epoch", f"{plan.steps_per_epoch:,.1f}"), ("bytes per sample", human_bytes(plan.sample_bytes))]
+             ("steps per epoch", _steps(plan.steps_per_epoch)), ("bytes per sample", human_bytes(plan.sample_bytes))]
     if plan.bytes_per_second is not None:
         rows.append(("reading", f"{human_bytes(plan.bytes_per_second)}/s per node, "
                                 f"{human_bytes(plan.bytes_per_second * plan.nodes)}/s in all"))
@@ -303,7 +308,7 @@ def plan_rows(plan: DataPlan) -> list[tuple[str, str]]:
     for source in plan.sources:
         rows += [(f"source {source.name}", f"{source.samples:,} samples in {source.shards:,} shards, "
                                            f"{human_bytes(source.nbytes)}, {source.share:.4%} of a batch"),
-                 ("  epoch", f"{source.steps_per_epoch:,.1f} steps"),
+                 ("  epoch", f"{_steps(source.steps_per_epoch)} steps"),
                  ("  order", f"{source.lanes} lanes, windows of {source.window} samples that last "
                              f"{source.window_lasts:,.0f} steps" if source.lanes > 1 else "one permutation per epoch"),
                  ("  shards open", f"about {source.open_per_node:,} per node, {source.open_per_rank:,} per rank"),

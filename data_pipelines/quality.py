@@ -207,7 +207,7 @@ def draw(reports: Sequence[QualityReport], path: str) -> None:
         from matplotlib import pyplot
     except ImportError:
         raise DataError("A plot is drawn by matplotlib, which is not installed.", "pip install tubelet[demo]") from None
-    figure, axes = pyplot.subplots(2, len(reports), figsize=(6.5 * len(reports) + 2, 7), squeeze=False, layout="constrained")
+    figure, axes = pyplot.subplots(2, len(reports), figsize=(6 * len(reports) + 2, 7.5), squeeze=False, layout="constrained")
     for column, report in enumerate(reports):
         names = [q.name for q in report.orders]
         places = np.arange(len(names))
@@ -223,6 +223,6 @@ def draw(reports: Sequence[QualityReport], path: str) -> None:
         bottom.set(title="samples from one's own shard (fewer is better)", yticks=places, yticklabels=names, xscale="symlog")
         for panel in (top, bottom):
             panel.invert_yaxis()
-            panel.legend(loc="best", fontsize=8)
+            panel.legend(loc="upper center", bbox_to_anchor=(0.5, -0.07), ncols=3, fontsize=8, frameon=False)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

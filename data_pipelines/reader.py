@@ -64,9 +64,13 @@ class Reader:
     def read_many(self, requests: Sequence[tuple[str, int, int]]) -> list[bytes]:
         """The bytes of many (url, offset, size), in their order: neighbours of one shard in one read, remote ones at the
         same time. Raises as `read`."""
-        runs = _runs(requests)
-        remote = [run for run in runs if local_path(requests[run[0]][0]) is None]
         found: dict[int, bytes] = {}
+        if self.cache is not None:  # one by one: neighbours may lie in two pieces
+            for number, (url, offset, size) in enumerate(requests):
+                if local_path(url) is None and (data := self.cache.read(url, offset, size)) is not None:
+                    found[number] = data
+        runs = _runs(requests, [number for number in range(len(requests)) if number not in found])
+        remote = [run for run in runs if local_path(requests[run[0]][0]) is None]
         if len(remote) > 1 and self.connections > 1:
             for run, parts in zip(remote, self._pool().map(lambda run: self._read_run(requests, run), remote)):
                 found |= zip(run, parts)
@@ -174,11 +178,11 @@ def _whole(data: bytes, size: int) -> bytes:
     return data
 
 
-def _runs(requests: Sequence[tuple[str, int, int]]) -> list[list[int]]:
-    """Numbers of the requests by shard and offset, those close together in one list."""
+def _runs(requests: Sequence[tuple[str, int, int]], chosen: Sequence[int]) -> list[list[int]]:
+    """The chosen requests' numbers by shard and offset, those close together in one list."""
     runs: list[list[int]] = []
     reached, last = 0, None
-    for number in sorted(range(len(requests)), key=requests.__getitem__):
+    for number in sorted(chosen, key=requests.__getitem__):
         url, offset, size = requests[number]
         if runs and url == last and offset - reached <= _GAP:
             runs[-1].append(number)

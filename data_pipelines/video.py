@@ -7,11 +7,12 @@ nobody wants and nothing refers to (libavcodec's skip_frame; what is wanted stay
 into RGB. One thread decodes: parallelism is the loader's, over samples.
 
 * Rotated and mirrored videos are turned upright as players do (their display matrix). The aspect of a pixel is ignored, and
-  of several sizes in a file the first wanted frame's is everybody's.
+  of several sizes in a file that of the first frame decoded is everybody's.
 * Colours: RGB from the file's own matrix and range; more than 8 bits are rounded to 8, alpha is dropped, no tone mapping.
-* A file that ends early has the frames that are there. A wanted frame that does not decode is replaced by the wanted frame
-  before it (or the first after it), up to one in eight (`fill_gaps`); with more missing the sample is bad. What the
-  decoder conceals inside a frame counts as decoded, as for any player.
+* A file that ends early has the frames that are there, one cut out of a stream those from its first keyframe on. A wanted
+  frame that does not decode is replaced by the wanted frame before it (or the first after it), up to one in eight
+  (`fill_gaps`); with more missing the sample is bad. What the decoder conceals inside a frame counts as decoded, as for
+  any player.
 * Playlists and other formats that refer to more files are refused: no file but the sample's own bytes is ever opened.
 
 Legend: n frames asked for, H W rows cols.
@@ -37,6 +38,9 @@ FORMATS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "mpegvideo
 MOST_FRAMES = 1_000_000
 """Packets that a file may have: nine hours at 30 frames a second; an index that lists more is an attack on memory."""
 
+MOST_PIXELS = 4
+"""Pixels of all frames that are read at once, in units of `data.max_pixels`, so that a clip stays in memory."""
+
 
 def open_video(data: bytes, settings: DataSettings) -> PyavVideo | TorchcodecVideo:
     """The video in `data`, decoded by `data.video_decoder`. Raises `BadSample` when it holds none."""
@@ -50,6 +54,7 @@ class PyavVideo:
     def __init__(self, data: bytes, max_pixels: int):
         import av
 
+        self.max_pixels = max_pixels
         if not data:
             raise BadSample("the video is empty (0 bytes)")
         options = {"format_whitelist": ",".join(FORMATS), "protocol_whitelist": "none"}
@@ -69,17 +74,22 @@ class PyavVideo:
         time stamp, by which the decoder's frames are known whatever it does with times."""
         packets = self.packets
         self.context: Any = packets[0].stream.codec_context
-        shown = [i for i, packet in enumerate(packets) if _is_shown(packet, self.context.name)]
-        if not shown:
+        self.keys = np.array([i for i, packet in enumerate(packets) if packet.is_keyframe], dtype=np.int64)
+        stamps = [packet.dts if packet.pts is None else packet.pts for packet in packets]
+        clock = np.array([0 if stamp is None else stamp for stamp in stamps], dtype=np.float64)
+        shown = np.array([_is_shown(packet, self.context.name) for packet in packets])
+        if len(self.keys):  # what comes before the first keyframe, in the file or in time, refers to what was cut away
+            shown &= (np.arange(len(packets)) >= self.keys[0]) & (clock >= clock[self.keys[0]])
+        shown = np.flatnonzero(shown)
+        if not len(shown):
             raise BadSample("no frame of the video is shown")
-        ticks = [packets[i].pts if packets[i].pts is not None else packets[i].dts for i in shown]
-        ticks = np.array([0 if tick is None else tick for tick in ticks], dtype=np.float64)
+        ticks = clock[shown]
         order = np.argsort(ticks, kind="stable")
         seconds = float(packets[0].time_base)
         self.times: np.ndarray = (ticks[order] - ticks[order[0]]) * seconds
         for i, packet in enumerate(packets):
             packet.pts = i
-        self.packet_of = np.array(shown, dtype=np.int64)[order]
+        self.packet_of = shown[order]
         if times_may_lie and self.context.has_b_frames and (order[1:] > order[:-1]).all():
             # AVI has no presentation times, and libavformat's guess for H.264 is the order of packets: only the decoder
             # knows. What never comes out is no frame.
@@ -90,14 +100,13 @@ class PyavVideo:
             self.times = self.times[:len(found)]
         self.frame_of = np.full(len(packets), -1, dtype=np.int64)
         self.frame_of[self.packet_of] = np.arange(len(self.packet_of))
-        self.keys = np.array([i for i, packet in enumerate(packets) if packet.is_keyframe], dtype=np.int64)
         self.frames = len(self.packet_of)
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """See `Media.read`."""
         wanted = _wanted(indices, self.frames)
         targets = np.sort(self.packet_of[wanted])
-        painter = _Painter()
+        painter = _Painter(self.max_pixels, len(targets))
         for start, end in self._parts(targets):
             self._paint(painter, start, end, targets)
         lost = [int(i) for i in targets if i not in painter.images]
@@ -166,15 +175,17 @@ class PyavVideo:
 class _Painter:
     """Turns decoded frames into upright RGB pictures of one size; `images` {index of the packet: [H, W, 3]}."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_pixels: int, count: int) -> None:
         from av.video.reformatter import VideoReformatter
 
+        self.max_pixels, self.count = max_pixels, count
         self.images: dict[int, np.ndarray] = {}
         self.why = ""
         self._reformatter = VideoReformatter()
         self._size: tuple[int, int] | None = None
 
     def add(self, frame: Any) -> None:
+        _check_pixels(frame.width, frame.height, self.count, self.max_pixels)
         width, height = self._size = self._size or (frame.width, frame.height)
         rgb = self._reformatter.reformat(frame, width=width, height=height, format="rgb24", threads=1)
         plane: Any = rgb.planes[0]
@@ -211,7 +222,9 @@ def _packets(container: InputContainer, nbytes: int, max_pixels: int) -> list[An
         raise BadSample(f"{context.width}x{context.height} = {context.width * context.height} pixels, "
                         f"data.max_pixels is {max_pixels}")
     context.thread_count = 1
-    context.options = {"max_pixels": str(max_pixels)}  # the stream's own headers may announce another size
+    # The stream's own headers may announce another size. libavcodec compares widths rounded up to 64, so this is a bound
+    # on memory; `_Painter.add` is exact.
+    context.options = {"max_pixels": str(2 * max_pixels + 2**16)}
     for other in container.streams:
         if other.index != stream.index:
             other.discard = Discard.all
@@ -243,6 +256,12 @@ def _wanted(indices: Sequence[int], frames: int) -> np.ndarray:
     if not len(wanted) or wanted[0] < 0 or wanted[-1] >= frames:
         raise IndexError(f"frames {wanted.tolist()} of a video with {frames}")
     return wanted
+
+
+def _check_pixels(width: int, height: int, count: int, max_pixels: int) -> None:
+    if width * height * max(1, count / MOST_PIXELS) > max_pixels:
+        raise BadSample(f"{count} frames of {width}x{height} pixels, data.max_pixels is {max_pixels} (of a clip "
+                        f"{MOST_PIXELS} x as many)")
 
 
 def fill_gaps(found: Mapping[int, np.ndarray], wanted: Sequence[int], why: str = "") -> dict[int, np.ndarray]:
@@ -285,6 +304,7 @@ class TorchcodecVideo:
         from torchcodec.decoders import VideoDecoder
 
         self.frames, self.times, kind = table.frames, table.times, table.container.format.name
+        self.max_pixels = table.max_pixels
         table.close()
         if not {"mp4", "webm"} & set(kind.split(",")):
             raise BadSample(f"torchcodec finds wrong frames in {kind} (data.video_decoder=pyav reads it)")
@@ -299,6 +319,8 @@ class TorchcodecVideo:
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """See `Media.read`."""
         wanted = _wanted(indices, self.frames).tolist()
+        size = self.decoder.metadata
+        _check_pixels(size.width or 0, size.height or 0, len(wanted), self.max_pixels)
         found: dict[int, np.ndarray] = {}
         why = ""
         try:

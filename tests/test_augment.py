@@ -11,7 +11,17 @@ from PIL import Image
 from data_pipelines.augment import EvalTransform, TrainTransform, generator, sample_seed
 from data_pipelines.crops import cover, inception_box, resize, to_planes
 from data_pipelines.erase import erasing_boxes
-from data_pipelines.mix import check_mixing, draw_mix, mix_batch, mix_boxes, partner, token_box
+from data_pipelines.mix import (
+    check_mixing,
+    draw_mix,
+    in_pairs,
+    mix_batch,
+    mix_boxes,
+    mixes,
+    mixes_tokens,
+    partner,
+    token_box,
+)
 from data_pipelines.settings import AugmentSettings
 from tubelet.errors import ConfigError, DataError
 from tubelet.seeding import hash_seed
@@ -241,6 +251,8 @@ def test_evaluation_is_what_timm_does():
         reference = (theirs(Image.fromarray(picture)) * 255).round()  # type: ignore[operator]
         ours = EvalTransform(AugmentSettings(), size, crop_pct=crop_pct)(picture).float()
         assert (ours - reference).abs().max() <= 2 and (ours - reference).abs().mean() < 0.5
+    either = EvalTransform(AugmentSettings(interpolation="random"), 64)(smooth)
+    assert torch.equal(either, EvalTransform(AugmentSettings(interpolation="bicubic"), 64)(smooth))
     squashed = EvalTransform(AugmentSettings(eval_crop="resize"), 40)(smooth)
     reference = np.array(Image.fromarray(smooth).resize((40, 40), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
     assert np.abs(squashed.numpy().astype(int) - reference).max() <= 2
@@ -385,6 +397,9 @@ def test_mixtoken_boxes_belong_to_pairs_and_are_distributed_as_the_models_own():
     with pytest.raises(ConfigError, match="mixtoken_alpha` is 1, .*mixup_alpha 0.8, cutmix_alpha 0"):
         check_mixing(AugmentSettings(mixtoken_alpha=1.0, mixup_alpha=0.8), 10)
     check_mixing(settings, 10)
+    kinds = AugmentSettings(), settings, AugmentSettings(mixup_alpha=0.2)
+    assert [(mixes(kind), mixes_tokens(kind), in_pairs(kind)) for kind in kinds] == [
+        (False, False, False), (False, True, True), (True, False, True)]
 
 
 def test_lambdas_follow_their_distributions():

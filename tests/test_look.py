@@ -117,7 +117,8 @@ def test_bench_finds_the_stage_that_was_slowed(tmp_path, monkeypatch, capsys):
         slow = bench_room.bench(recipe, batches=2, need=100.0)
     assert slow.slowest == "decode" and slow.samples == 16 and slow.bad == 0
     assert 20 <= slow.cpu_ms("decode") < 28 and 33 < slow.per_core < 50
-    assert any("a GPU that needs 100 samples/s: 2." in line and "data.workers=3" in line for line in bench_room.verdict(slow))
+    said = bench_room.verdict(slow)
+    assert any("a GPU that needs 100 samples/s: 2." in line and "data.workers=3" in line for line in said)
     from data_pipelines.reader import Reader
 
     read = Reader.read_many

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import tracemalloc
+from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
 
@@ -209,6 +210,38 @@ def test_every_pixel_format_becomes_rgb_by_the_files_own_matrix_and_range():
         assert abs(found - [red, green, blue]).max() <= 3, (name, found)
 
 
+def test_frames_of_several_sizes_become_one_and_a_clip_has_a_limit():
+    buffer = io.BytesIO()
+    with av.open(buffer, "w", format="webm") as file:
+        stream = None
+        for part, (width, height) in enumerate([(80, 48), (160, 96)]):  # a stream whose second half is larger
+            coder = av.CodecContext.create("libvpx", "w")
+            coder.width, coder.height, coder.pix_fmt, coder.thread_count = width, height, "yuv420p", 1
+            coder.time_base, coder.options = Fraction(1, 1000), {"deadline": "realtime", "cpu-used": "8"}
+            if stream is None:
+                stream = file.add_stream("libvpx", rate=25)
+                stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+            packets = []
+            for i in range(6):
+                image = numbered(6 * part + i).repeat(1 + part, 0).repeat(1 + part, 1)
+                frame = av.VideoFrame.from_ndarray(image, format="rgb24").reformat(format="yuv420p")
+                frame.pts, frame.time_base = (6 * part + i) * 40, coder.time_base
+                packets += coder.encode(frame)
+            for packet in packets + coder.encode(None):
+                packet.stream = stream
+                file.mux(packet)
+    media = open_one(buffer.getvalue(), "webm")
+    found = media.read([1, 4, 9])
+    assert found.shape == (3, 48, 80, 3) and [number_in(frame) for frame in found] == [1, 4, 9]
+    assert media.read([9]).shape == (1, 96, 160, 3)
+    with pytest.raises(BadSample, match="1 frames of 160x96 pixels, data.max_pixels is 3840"):  # its container said 80x48
+        open_one(buffer.getvalue(), "webm", max_pixels=3840).read([9])
+    few = open_one(make_video(20), max_pixels=ROWS * COLUMNS)
+    assert few.read(range(4)).shape[0] == 4
+    with pytest.raises(BadSample, match=rf"5 frames of {COLUMNS}x{ROWS} pixels, data.max_pixels is 3840 \(of a clip 4 x"):
+        few.read(range(5))
+
+
 def test_files_that_hold_no_frames_are_bad_samples_with_a_reason(tmp_path, film):
     silent = io.BytesIO()
     with av.open(silent, "w", format="mp4") as file:
@@ -243,6 +276,40 @@ def test_a_file_that_ends_early_has_the_frames_that_are_there():
     media = open_one(data[:len(data) * 2 // 3])
     assert 15 < media.frames < 35
     assert (media.read(range(media.frames)) == whole[:media.frames]).all()
+
+
+def test_a_file_cut_out_of_a_stream_begins_at_its_first_keyframe():
+    for options in ({}, {"options": FILES["h264 mkv, open groups, pyramid"][2]["options"]}):
+        whole = PyavVideo(make_video(40, "mkv", **options), 10**9)
+        second = int(whole.keys[1])  # with open groups the pictures after it come before it, and refer to what is gone
+        for dropped in (1, second - 3, second):
+            media = open_one(make_video(40, "mkv", drop=range(dropped), **options), "mkv")
+            first = int(whole.frame_of[second])
+            assert [number_in(frame) for frame in media.read(range(media.frames))] == list(range(first, 40))
+
+
+def test_mutated_videos_give_frames_or_a_reason():
+    draw = np.random.RandomState(0)
+    films = [(kind, make_video(16, kind, codec, **options)) for kind, codec, options in FILES.values()]
+    outcomes = set()
+    for i in range(300):
+        kind, data = films[i % len(films)]
+        data = bytearray(data)
+        for _ in range(draw.randint(1, 12)):  # in the headers at both ends as often as between
+            place = draw.choice([draw.randint(600), len(data) - 1 - draw.randint(600), draw.randint(len(data))])
+            data[place % len(data)] = draw.choice([0, 1, 127, 128, 255, draw.randint(256)])
+        if i % 5 == 0:
+            del data[draw.randint(len(data)):]
+        try:
+            media = open_one(bytes(data), kind, max_pixels=10**6)
+            assert media.frames >= 1 and media.times.shape == (media.frames,) and (np.diff(media.times) >= 0).all()
+            wanted = np.unique(draw.randint(0, media.frames, 4))
+            assert len(media.read(wanted)) == len(wanted)
+            outcomes.add("frames")
+        except BadSample as error:
+            assert str(error)
+            outcomes.add(str(error)[:12])
+    assert len(outcomes) > 5
 
 
 def test_a_frame_that_does_not_decode_is_the_one_before_it_up_to_one_in_eight(monkeypatch):

@@ -15,6 +15,7 @@ import pytest
 import webdataset as wds
 from little_shards import image_bytes, write_tar
 from PIL import Image
+from servers import nginx
 
 from data_pipelines.decode import BadSample
 from data_pipelines.index import open_source
@@ -152,6 +153,18 @@ def test_tars_of_others_are_dealt_out_anew_with_every_member(tmp_path):
     for key, members in samples(tmp_path / "part").items():  # only the picture is made smaller, not its mask
         assert min(Image.open(io.BytesIO(members["jpg"])).size) == 16
         assert members["seg.png"] == before[key.partition("_")[2]]["seg.png"]
+
+
+def test_remote_tars_give_the_bytes_of_local_ones_and_no_token_is_kept(tmp_path):
+    write_tar(tmp_path / "in/a.tar", [("1.jpg", image_bytes(np.random.RandomState(0))), ("1.cls", b"0"), ("2.cls", b"0")])
+    write_tar(tmp_path / "in/b.tar", [("3.jpg", image_bytes(np.random.RandomState(1))), ("3.cls", b"1")])
+    same = {"shard_size": 1, "name": "x", "on_error": "skip"}
+    with nginx(tmp_path / "in", tmp_path / "server") as server:
+        write_shards(f"{server.url}/{{a,b}}.tar?X-Amz-Signature=hush", tmp_path / "far", processes=2, **same)
+    write_shards(str(tmp_path / "in"), tmp_path / "near", **same)
+    for name in ("index.json", "x-00000.tar", "x-00001.tar", "_info.json"):
+        assert (tmp_path / "far" / name).read_bytes() == (tmp_path / "near" / name).read_bytes(), name
+    assert "a.tar, sample 2" in (text := (tmp_path / "far/refused.jsonl").read_text()) and "hush" not in text
 
 
 def test_samples_of_tars_without_picture_or_label_are_named(tmp_path):
