@@ -20,7 +20,6 @@ import numpy as np
 
 from data_pipelines.media import numbered_members
 from data_pipelines.remote import open_file
-from data_pipelines.remote import open_file
 from data_pipelines.shards import is_remote
 from tubelet import safe_io
 from tubelet.errors import DataError, TubeletError
