@@ -315,10 +315,11 @@ def _stats(infos: Sequence[ShardInfo], storage: Storage | None) -> Iterator[tupl
                 return
 
 
-def _read_bytes(url: str, storage: Mapping[str, Any] | None = None, seconds: float | None = None) -> bytes | None:
+def _read_bytes(url: str, storage: Mapping[str, Any] | None = None, seconds: float | None = None, *,
+                optional: bool = False) -> bytes | None:
     """Content of a small file, local or remote; None when there is none."""
     if is_remote(url):
-        return persist(lambda: read_file(url, storage), url, "the whole file", seconds or OPEN_SECONDS)
+        return persist(lambda: read_file(url, storage, optional=optional), url, "the whole file", seconds or OPEN_SECONDS)
     try:
         return Path(url).read_bytes()
     except FileNotFoundError:
@@ -328,7 +329,7 @@ def _read_bytes(url: str, storage: Mapping[str, Any] | None = None, seconds: flo
 
 
 def _read_classes(url: str, storage: Storage | None = None) -> list[str] | None:
-    content = _read_bytes(url, storage)
+    content = _read_bytes(url, storage, optional=True)
     if content is None:
         return None
     try:

@@ -68,7 +68,7 @@ def labels_at(source: Source, shard: np.ndarray, index: np.ndarray, io_timeout_s
 
 
 def all_labels(source: Source, index_dir: str | None = None) -> np.ndarray:
-    """int64 [N]: the labels of a whole source in index order; read once, then from the cache (40 microseconds a sample,
+    """int64 [N]: the labels of a whole source in index order; read once, then from the cache (14 microseconds a sample,
     then nothing)."""
     # the index knows names and sizes, not content: shards with other labels may look the same to it
     shards = [(info.url, info.idx_sha256, None if is_remote(info.url) else os.stat(info.url).st_mtime_ns)

@@ -186,8 +186,9 @@ def stat(url: str, storage: Storage | None = None) -> Stat:
     return Stat(int(info["size"]), tag)
 
 
-def read_file(url: str, storage: Storage | None = None) -> bytes | None:
-    """A whole small file; None when there is none."""
+def read_file(url: str, storage: Storage | None = None, *, optional: bool = False) -> bytes | None:
+    """A whole small file; None when there is none. `optional`: nor when it is forbidden, which is what S3 says of a file
+    that does not exist to those who may not list the bucket."""
     fs, path = filesystem(url, storage)
     try:
         if _streams_http(fs):
@@ -196,7 +197,10 @@ def read_file(url: str, storage: Storage | None = None) -> bytes | None:
             return b"".join(found)
         return fs.cat_file(path)
     except Exception as error:
-        if _status(error) == 404 or isinstance(error, FileNotFoundError) and _status(error) is None:
+        status = _status(error)
+        if status == 404 or isinstance(error, FileNotFoundError) and status is None:
+            return None
+        if optional and (status == 403 or isinstance(error, PermissionError)):
             return None
         raise
 

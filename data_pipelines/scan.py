@@ -25,6 +25,7 @@ from tubelet import safe_io
 from tubelet.errors import DataError, TubeletError
 
 _NAME = re.compile(r"^((?:.*/|)[^./][^/.]*)[.]([^/]+)$")  # WebDataset's rule, which also skips hidden files
+LONGEST_HEADER = 4 * 2**20  # bytes of a long name or PAX header; real ones have a few hundred
 _META = re.compile(r"__[^/]*__($|/)")
 
 
@@ -90,10 +91,40 @@ def scan_shard(url: str) -> tuple[ShardTable, int]:
             nbytes = file.seek(0, io.SEEK_END)
             file.seek(0)
             return _scan(file, url, nbytes), nbytes
+    except (TubeletError, MemoryError):
+        raise
     except tarfile.TarError as error:
         raise _broken(url, str(error)) from None
     except OSError as error:
         raise DataError(f"{url} cannot be read: {error.strerror or error}.", "check the path and its permissions") from None
+    except RecursionError:
+        raise _broken(url, "a chain of extended headers without end") from None
+    except Exception as error:  # what tarfile lets through of headers without sense: ValueError, IndexError, ...
+        raise _broken(url, f"a header without sense ({type(error).__name__}: {str(error)[:100]})") from None
+
+
+class Headers(io.RawIOBase):
+    """A shard as tarfile may see it: sizes in headers are a stranger's, and tarfile reads and seeks as they say."""
+
+    def __init__(self, file: BinaryIO, nbytes: int):
+        super().__init__()
+        self.file, self.nbytes = file, nbytes
+
+    def read(self, size: int = -1) -> bytes:
+        if not 0 <= size <= LONGEST_HEADER:
+            raise tarfile.ReadError(f"an extended header of {size} bytes")
+        return self.file.read(size)
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if whence != io.SEEK_SET or not 0 <= offset <= self.nbytes:
+            raise tarfile.ReadError(f"a header tells of a place at byte {offset} of {self.nbytes}")
+        return self.file.seek(offset)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def seekable(self) -> bool:
+        return True
 
 
 def _broken(url: str, what: str) -> DataError:
@@ -107,8 +138,11 @@ def _scan(file: BinaryIO, url: str, nbytes: int) -> ShardTable:
     file.seek(0)
     rows: list[tuple[str, dict[str, tuple[int, int]]]] = []
     seen: set[str] = set()
-    tar = tarfile.open(fileobj=file, mode="r:", errorlevel=2)
+    tar, reached = tarfile.open(fileobj=Headers(file, nbytes), mode="r:", errorlevel=2), -1
     while (member := tar.next()) is not None:
+        if tar.offset <= reached or member.size < 0:  # a negative size leads back, and round for ever
+            raise _broken(url, f"member {member.name[:200]!r} has {member.size} bytes")
+        reached = tar.offset
         tar.members = []  # type: ignore[attr-defined]  # tarfile keeps every header otherwise
         if member.isdir() or _META.match(member.name):
             continue

@@ -12,7 +12,7 @@ import tarfile
 from dataclasses import dataclass, field
 from typing import BinaryIO
 
-from data_pipelines.scan import _META, _NAME, _check_dots, open_shard
+from data_pipelines.scan import _META, _NAME, Headers, _check_dots, open_shard
 from tubelet.errors import TubeletError
 
 BLOCK = 512
@@ -59,7 +59,7 @@ def survey_shard(url: str) -> Survey:
                 _read(file, found)
     except OSError as error:
         found.faults.append(f"it cannot be read: {error.strerror or error}")
-    except tarfile.TarError as error:  # nothing at all that looks like a header
+    except (tarfile.TarError, ValueError, OverflowError, IndexError, RecursionError) as error:  # not one header with sense
         found.faults.append(f"it is damaged or cut short: {error}")
     for sample in found.samples:
         if any("." in extension for extension in sample.members):
@@ -77,15 +77,19 @@ def unsafe_name(key: str) -> bool:
 
 def _read(file: BinaryIO, found: Survey) -> None:
     """Walk from header to header; blocks that are none are skipped (`ignore_zeros`), and what they were is said."""
+    tar = tarfile.open(fileobj=io.BytesIO(bytes(2 * BLOCK)), mode="r:", ignore_zeros=True, errorlevel=0)
     file.seek(0)
-    tar = tarfile.open(fileobj=file, mode="r:", ignore_zeros=True, errorlevel=0)
+    # only now: opening reads the first header, and one that fails there could not be passed
+    tar.fileobj, tar.offset = Headers(file, found.nbytes), 0  # type: ignore[assignment]
     latest: dict[str, Found] = {}
     last: Found | None = None
     expected = 0
     while True:
         try:
             member = tar.next()
-        except (tarfile.TarError, ValueError, OverflowError) as error:  # the header of a long name that has no content, ...
+        except (MemoryError, OSError):
+            raise
+        except Exception as error:  # TarError, and of headers without sense ValueError, OverflowError, RecursionError, ...
             found.faults.append(f"it is damaged or cut short at byte {tar.offset}: {error}")
             tar.offset += BLOCK
             if tar.offset >= found.nbytes:

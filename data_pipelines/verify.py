@@ -172,8 +172,13 @@ def _notes(found: list[ShardReport], lacking: list[str]) -> list[str]:
     repeated = len(keys) - len(np.unique(keys))
     if repeated:
         notes.append(f"{repeated} key(s) stand in more than one shard: harmless unless a shard was copied twice")
-    unsafe = sum((shard.extensions for shard in found), Counter())
-    unsafe = {kind: count for kind, count in unsafe.items() if kind.rpartition(".")[2] in UNSAFE}
+    extensions = sum((shard.extensions for shard in found), Counter())
+    total = sum(shard.samples for shard in found)
+    lacking_some = [f".{kind} ({total - count} of {total})" for kind, count in sorted(extensions.items())
+                    if 0.9 * total <= count < total and not media_members([kind])]
+    if lacking_some:
+        notes.append(f"members that some samples lack: {', '.join(lacking_some)}")
+    unsafe = {kind: count for kind, count in extensions.items() if kind.rpartition(".")[2] in UNSAFE}
     if unsafe:
         notes.append("members that could run code when unpickled are never read: "
                      + ", ".join(f"{count} .{kind}" for kind, count in sorted(unsafe.items())))

@@ -45,10 +45,9 @@ _IGNORED = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT}
 _ASK = signal.SIGQUIT  # asks a worker for its stack, as it does of a Java machine
 
 TICK_SECONDS = 2.0  # while waiting, how often it is looked whether a worker died
-LARGE_BYTES = 4 * 2**20  # arrays from here on are mapped by themselves: a page fault per 4 kB, no fragments
-_M_MMAP_THRESHOLD = -3  # of malloc.h
 CLOSE_SECONDS = 1.5  # workers may finish the sample they are at, then they are killed
 
+_trim_heap = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc has it
 _slot: Any = None  # in a worker: where it writes down the sample it is at, in memory shared with the parent
 _PID, _SAMPLE, _SINCE = range(3)  # of a slot; _SINCE is 0 while the worker has nothing to do
 
@@ -88,6 +87,7 @@ class _Work:
         finally:
             if _slot is not None:
                 _slot[_SINCE] = 0
+                _trim()
 
 
 def stream(function: Callable[[Any], Any], tasks: Iterable[Any], *, workers: int, prefetch: int = 2,
@@ -320,16 +320,15 @@ class _Worker(multiprocessing.context.ForkProcess):
         # Torch seeds its default generator first of all, and waits for ever when a thread of the parent was drawing from it
         # at the fork (seen: a start that hangs in torch.manual_seed). Here it seeds another one, which nothing uses.
         torch.random.default_generator = torch.Generator()
-        _keep_heap_small()
         threading.Thread(target=_watch, args=(self.parent,), daemon=True).start()
         super().run()
 
 
-def _keep_heap_small() -> None:
-    """Large arrays from the kernel, and back to it when freed. glibc moves that limit up to 32 MB with the arrays it sees;
-    decoded clips of changing size then tear its heap to pieces (seen: 1 MB more per clip, without end)."""
-    with suppress(OSError, AttributeError):  # another C library
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, LARGE_BYTES)
+def _trim() -> None:
+    """Give free memory back to the kernel. Decoded clips of changing size tear glibc's heap to pieces that it keeps (seen:
+    1 MB more per clip, without end); mapping large arrays by themselves would cost a third more time per picture."""
+    if _trim_heap is not None:
+        _trim_heap(0)
 
 
 def _enter(worker_id: int, *, crew: _Crew) -> None:

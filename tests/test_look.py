@@ -130,3 +130,27 @@ def test_bench_finds_the_stage_that_was_slowed(tmp_path, monkeypatch, capsys):
     assert any(line.startswith("fetch limits") for line in bench_room.verdict(waits))
     code, out = run(monkeypatch, capsys, "bench", *words, "--workers", 1, "--batches", 1, "--need", 5)
     assert code == 0 and "decode" in out and "loader with 1 worker(s)" in out and "a GPU that needs 5 samples/s" in out
+
+
+def test_videos_are_looked_at_like_pictures(tmp_path):
+    """Verify decodes their first, middle and last frame, info says size and rate, a clip is a row of frames."""
+    from little_shards import write_tar
+
+    from data_pipelines.made_up import encode_mp4, moving
+    from data_pipelines.preview import _frames
+    from data_pipelines.verify import verify
+
+    clips = [moving(0, i, i % 3, 3, 32, 20) for i in range(4)]
+    films = [encode_mp4(clip, fps=10, gop=5) for clip in clips]
+    films[2] = films[2][:len(films[2]) // 2]
+    write_tar(tmp_path / "set/x.tar", [(f"{i}.{kind}", data) for i, film in enumerate(films)
+                                       for kind, data in (("mp4", film), ("cls", b"1"))])
+    assert verify(str(tmp_path / "set")).num_problems == 0
+    (problem,) = verify(str(tmp_path / "set"), decode=True).shards[0].problems
+    assert problem.startswith("sample 2: ")
+    settings = SourceSettings(shards=str(tmp_path / "set"))
+    media = describe(Source(settings, open_source(settings))).media
+    assert media["failed"] == 1 and media["frames"] == [20] * 5 and media["fps"] == [10] * 5
+    assert media["seconds"] == [2] * 5 and media["width"] == [32] * 5
+    row = _frames(clips[0].transpose(3, 0, 1, 2))
+    assert len(row) == 8 and (row[0][::3, ::3] == clips[0][0]).all() and (row[-1][::3, ::3] == clips[0][-1]).all()

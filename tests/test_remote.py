@@ -108,6 +108,7 @@ def test_what_no_patience_heals_fails_at_once_and_says_the_way_out(web):
     assert "adlfs" in refused("abfs://container/a.tar")
     with pytest.raises(DataError, match="no such file"):
         scan_shard(f"{web.url}/none.tar")
+    assert read_file(f"{web.url}/private/classes.json", optional=True) is None
     # whole files need no ranges
     assert Reader(1.0).read(f"{web.url}/whole/a.tar", 0, len(CONTENT)) == CONTENT
 
@@ -180,6 +181,27 @@ def test_the_hub_is_read_with_a_token_that_stays_with_the_hub(tmp_path, monkeypa
             with pytest.raises(DataError, match="no such file"):
                 Reader(5.0, storage={"hf://datasets/somebody/pictures": given.storage}).read(
                     "hf://datasets/somebody/pictures/none.tar", 0, 1)
+
+
+def test_gs_goes_the_same_way_without_hidden_retries(monkeypatch):
+    """gcsfs is not run against a server here: its client is made, and its requests go to another store's files."""
+    import fsspec
+    from gcsfs.retry import HttpError
+
+    fs, path = remote.filesystem("gs://bucket/a.tar", {"token": "anon"})
+    assert type(fs).__name__ in ("GCSFileSystem", "ExtendedGcsFileSystem") and fs.retries == 1 and path == "bucket/a.tar"
+    store = fsspec.filesystem("memory", skip_instance_cache=True)
+    store.pipe("/bucket/a.tar", CONTENT)
+    store._strip_protocol = lambda url: url.replace("gs:/", "")
+    monkeypatch.setattr(remote, "PART", 300_000)
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "_make", lambda protocol, options: store)
+        patch.setattr(remote, "_clients", remote._Clients())
+        assert Reader(1.0).read("gs://bucket/a.tar", 100, 1_000_000) == CONTENT[100:1_000_100]
+        assert stat("gs://bucket/a.tar").size == len(CONTENT)
+    store.rm("/bucket", recursive=True)
+    for code, final in ((403, True), (404, True), (503, False), (429, False)):
+        assert remote.trouble(HttpError({"code": code, "message": "no"}), "gs://bucket/a.tar").final == final
 
 
 def test_a_client_made_before_a_fork_is_not_used_after_it(web):

@@ -9,6 +9,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from contextlib import suppress
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from programs import ROOT
 from ranks import run_ranks
 
 from data_pipelines.ledger import Ledger
@@ -192,6 +194,18 @@ def test_a_fork_in_the_middle_of_busy_threads_never_hangs():
         done.set()
         [thread.join() for thread in threads]
         torch.set_num_threads(before)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_the_memory_of_workers_does_not_grow(tmp_path):
+    out = tmp_path / "memory.json"
+    command = [sys.executable, str(ROOT / "benchmarks" / "memory.py"), "--samples", "40000", "--out", str(out)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    cases = {row["case"]: row["worst_worker_growth_percent"] for row in json.loads(out.read_text())["results"]}
+    assert cases.keys() == {"pictures", "large", "clips"}, done.stderr[-2000:]
+    # Of the short cases a torn heap would be a multiple: clips grew by 100 % before memory was given back.
+    assert cases["pictures"] < 2 and cases["large"] < 6 and cases["clips"] < 6, done.stdout
 
 
 # ------------------------------------------------------------------------------------------------------------ totals

@@ -99,6 +99,10 @@ def test_all_faults_of_a_damaged_shard_are_named_not_only_the_first(tmp_path, mo
     write_shards(tmp_path / "b", [2, 0], classes=3)
     code, out = run(monkeypatch, capsys, tmp_path / "b")
     assert code == 0 and "1 shard(s) hold no sample: shard-0001.tar" in out and "2 samples of" in out
+    parts = (("jpg", a), ("cls", b"1"), ("json", b"{}"))
+    write_tar(tmp_path / "c/x.tar", [(f"{i:02d}.{kind}", data) for i in range(20) for kind, data in parts
+                                     if (i, kind) != (3, "json")])
+    assert "members that some samples lack: .json (1 of 20)" in verify(str(tmp_path / "c")).notes
 
 
 def test_many_faults_of_a_shard_are_counted_not_listed(tmp_path):
