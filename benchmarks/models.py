@@ -22,6 +22,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import timm
 import torch
+from common import cpu_name
 
 import tubelet.models  # noqa: F401  (registers the names)
 from tubelet.models.cost import input_shape, macs, num_parameters
@@ -80,11 +81,6 @@ def compare(title: str, a: tuple, b: tuple, limit: float | None, pairs: int, bat
     return {"title": title, "a": facts[0], "b": facts[1], "cpu_ms_per_step": raw, "mac_ratio": mac_ratio,
             "time_ratio": statistics.median(ratios), "time_ratio_range": [min(ratios), max(ratios)],
             "efficiency": statistics.median(ratios) / mac_ratio, "limit": limit}
-
-
-def cpu_name() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 def main() -> None:

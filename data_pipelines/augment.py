@@ -81,7 +81,8 @@ class TrainTransform:
         red, green, blue = fill or (round(255 * value) for value in mean)
         self.rand_augment = RandAugment(settings.rand_augment, self.size, (red, green, blue), settings.interpolation) \
             if settings.rand_augment else None
-        self.noise = noise_table(mean, std) if settings.erasing and settings.erasing_mode == "pixel" else None
+        color = np.round(255 * np.array(mean)).astype(np.uint8)[:, None]
+        self.noise = noise_table(mean, std) if settings.erasing and settings.erasing_mode == "pixel" else color
         if settings.color_jitter:
             import torchvision.transforms.v2  # noqa: F401 - takes a second: before workers are forked
 

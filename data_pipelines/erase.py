@@ -8,7 +8,7 @@ timm erases after normalisation, with N(0, 1). Here pixels are still bytes, so `
 normalisation, rounded and cut off at 0 and 255. With ImageNet's values that cuts off 2.8 to 4.0 % of the numbers, those more
 than 1.8 to 2.6 standard deviations away; normalised they have means of 0.002 to 0.013 and standard deviations of 0.965 to
 0.975 instead of 0 and 1.
-`const` is black; timm's zero after normalisation would be the mean colour.
+`const` is the mean colour, timm's zero after normalisation.
 
 Legend: T frames, h w rows cols of the tensor.
 """
@@ -48,15 +48,16 @@ def erasing_boxes(height: int, width: int, probability: float, count: int, seed:
     return found
 
 
-def erase(pixels: torch.Tensor, boxes: list[tuple[int, int, int, int]], table: np.ndarray | None, seed: int) -> None:
-    """Erase the boxes of uint8 [3, h, w] or [3, T, h, w] in place; `table` of `noise_table`, None = black."""
+def erase(pixels: torch.Tensor, boxes: list[tuple[int, int, int, int]], table: np.ndarray, seed: int) -> None:
+    """Erase the boxes of uint8 [3, h, w] or [3, T, h, w] in place; `table` is `noise_table`'s, or [3, 1], one colour."""
     import torch
 
-    noise = np.random.Philox(key=hash_seed(seed, NOISE)) if boxes and table is not None else None
+    plain = table.shape[1] == 1
+    noise = np.random.Philox(key=hash_seed(seed, NOISE)) if boxes and not plain else None
     for top, left, bottom, right in boxes:
         part = pixels[..., top:bottom, left:right]
-        if noise is None or table is None:
-            part.zero_()
+        if noise is None:
+            part.copy_(torch.from_numpy(table).view(3, *[1] * (part.ndim - 1)))
             continue
         frames = part.movedim(0, -3)  # [3, rows, cols] or [T, 3, rows, cols]: numbers of frame 0 come first
         # four 16-bit numbers of each 64: a tenth of the cost of normal numbers

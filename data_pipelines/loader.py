@@ -1,44 +1,42 @@
-"""Batches for training and evaluation.
+"""Batches for training, in the order of samples.
 
-Training: this process does the arithmetic of the order (`order.py`) and hands workers the places of one micro-batch at a
-time; a worker reads, decodes, augments and mixes it. Ranks, workers, prefetching and restarts cannot change a batch.
+This process does the arithmetic of the order (`order.py`) and hands workers the places of one micro-batch at a time; a
+worker reads, decodes, augments and mixes it (`batches.py`). Ranks, workers, prefetching and restarts cannot change a
+batch. Evaluation is in `evaluation.py`.
 
-Evaluation: every sample exactly once over all ranks, padded so that all ranks have the same number of batches.
-
-Legend: G global batch, W ranks, m micro-batch, R repeats, x global sample number, K classes, H W rows cols.
+Legend: G global batch, W ranks, m micro-batch, R repeats, x global sample number, T frames, K classes, H W rows cols.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_pipelines.augment import EvalTransform, TrainTransform, as_pair, sample_seed
-from data_pipelines.decode import BadSample, decoder_version, require_decoder
-from data_pipelines.index import open_source
+from data_pipelines.ahead import Ahead, start_ahead
+from data_pipelines.augment import TrainTransform
+from data_pipelines.batches import Batch, TrainBatches
+from data_pipelines.decode import decoder_version, require_decoder
 from data_pipelines.ledger import Ledger
-from data_pipelines.mix import check_mixing, mix_batch, mixes
+from data_pipelines.mix import check_mixing, in_pairs
 from data_pipelines.order import Order, OrderSource
-from data_pipelines.samples import Samples, Source
-from data_pipelines.settings import DataSettings, SourceSettings
-from data_pipelines.workers import stream, working_on
+from data_pipelines.samples import Samples, Source, has_videos, open_sources
+from data_pipelines.settings import DataSettings
+from data_pipelines.token_labels import check_token_labels
+from data_pipelines.video import require_video_decoder, video_decoder_version
+from data_pipelines.workers import stream
 from tubelet.batching import check_batches, micro_batch_multiple
 from tubelet.config import flatten
 from tubelet.dist import World
-from tubelet.errors import ConfigError, DataError
+from tubelet.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
 log = logging.getLogger(__name__)
-
-SPARES = 8  # substitutes tried for one bad sample: with 10 % bad all fail once in 10**8
-
-Batch = dict[str, Any]
 
 
 class TrainLoader:
@@ -50,39 +48,49 @@ class TrainLoader:
     def __init__(self, settings: DataSettings, *, seed: int, img_size: int | tuple[int, int], num_classes: int,
                  global_batch_size: int, micro_batch_size: int, world: World, recorded: dict[str, Any] | None = None,
                  device_type: str = "cpu"):
-        self.settings, self.seed, self.world = settings, seed, world
+        self.settings, self.seed, self.world, self.img_size = settings, seed, world, img_size
         self.global_batch_size, self.micro_batch_size = global_batch_size, micro_batch_size
-        self.multiple = micro_batch_multiple(mixes(settings.augment), settings.repeats)
+        self.multiple = micro_batch_multiple(in_pairs(settings.augment), settings.repeats)
         check_batches(global_batch_size, micro_batch_size, world.size, self.multiple)
         check_mixing(settings.augment, num_classes)
-        require_decoder(settings.decoder)
+        check_token_labels(settings)
+        require_decoder(settings.decoder, settings.reduced_decode)
         transform = TrainTransform(settings.augment, img_size)
-        self.sources = _open(settings.train, settings, world)
+        self.sources = open_sources(settings.train, settings, world)
+        if has_videos(self.sources):
+            require_video_decoder(settings.video_decoder)
         self.order = Order(
             [OrderSource(s.settings.name, s.index.counts, s.settings.weight, s.index.sample_bytes) for s in self.sources],
             seed=seed, global_batch_size=global_batch_size, lanes=settings.lanes, window=settings.window,
             repeats=settings.repeats, shuffle=settings.shuffle, resolved=(recorded or {}).get("order"))
         self.samples = Samples(self.sources, settings, num_classes)
-        self._work = _TrainBatches(self.samples, self.order, settings, transform, seed, num_classes)
+        self._work = TrainBatches(self.samples, self.order, settings, transform, seed, num_classes)
         self.size = self.order.size * settings.repeats
         self.ledger = Ledger(None, world.rank, settings.max_bad_fraction, world.size)
         self.fingerprint = _fingerprint(self.order, self.sources)
+        self._ahead: Ahead | None = None
         self._pin = device_type == "cuda" and settings.pin_memory
         self._running: Generator[Batch, None, None] | Iterator[Batch] | None = None
         if world.speaks:
             for note in self._notes(recorded or {}):
                 log.warning("note: %s", note)
 
+    def set_colors(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Mean and standard deviation of the data's normalisation (0..1): the colours that augmentation fills and erases
+        with. Before `batches`."""
+        self._work.transform = TrainTransform(self.settings.augment, self.img_size, mean=tuple(mean), std=tuple(std))
+
     def recorded_state(self) -> dict[str, Any]:
         """What a checkpoint must keep besides the position, as plain JSON values: resolved lanes and windows of the order
         (never recomputed from defaults), and the decoder, whose change is said."""
-        return {"order": self.order.resolved(), "decoder": decoder_version(self.settings)}
+        return {"order": self.order.resolved(), "decoder": decoders(self.settings, self.sources)}
 
     def batches(self, seen: int) -> Iterator[Batch]:
         """This rank's micro-batches from global sample number `seen` on, without end; ends those of an earlier call.
 
-        `ids` int64 [m] are global sample numbers; `pixels` uint8 [m, 3, H, W]; `labels` int64 [m], or fp32 [m, K] when
-        samples are mixed; `bad` rows for `consume`. Trouble with storage or workers is raised by `next`, on this rank only.
+        `ids` int64 [m] are global sample numbers; `pixels` uint8 [m, 3, H, W], or [m, 3, T, H, W] for clips; `labels`
+        int64 [m], or fp32 [m, K] when samples are mixed; `bad` rows for `consume`. Trouble with storage or workers is
+        raised by `next`, on this rank only.
         """
         if seen % self.multiple:
             raise ConfigError(f"The run stands at sample {seen}, but mixing (and `data.repeats`) needs a position that is "
@@ -91,7 +99,10 @@ class TrainLoader:
         self.close()
         self.ledger.forget(seen)
         self._running = stream(self._work, self._tasks(seen), workers=self.settings.workers,
-                               prefetch=self.settings.prefetch, pin_memory=self._pin, describe=self._describe)
+                               prefetch=self.settings.prefetch, pin_memory=self._pin, describe=self._describe,
+                               timeout=self.settings.worker_timeout_seconds)
+        self._ahead = start_ahead(self.order, self.sources, self.settings, self.world, seen,
+                                  global_batch_size=self.global_batch_size)
         return self._running
 
     def consume(self, batch: Batch) -> None:
@@ -99,12 +110,19 @@ class TrainLoader:
         self.ledger.add(batch.get("bad", ()))
 
     def audit(self, seen: int) -> dict[str, float]:
-        """Scalars of the data: bad samples over all ranks, and epochs per source of a mixture. Writes the ledger; raises
-        `DataError` on all ranks alike when too many samples were bad. All ranks call it."""
+        """Scalars of the data: bad samples over all ranks, and epochs and samples per source of a mixture. Writes the
+        ledger; raises `DataError` on all ranks alike when too many samples were bad. All ranks call it."""
+        if self._ahead is not None:
+            self._ahead.consumed(seen)
         values = self.ledger.audit(seen)
         if len(self.sources) > 1:
             values |= {f"data/epoch/{name}": epochs for name, epochs in self.order.epochs(seen).items()}
+            values |= {f"data/samples/{name}": float(count) for name, count in self.order.counts(seen).items()}
         return values
+
+    def summary(self) -> str | None:
+        """The bad samples of the whole job in a line, None when there were none. All ranks call it."""
+        return self.ledger.summary()
 
     def set_ledger(self, folder: str | Path | None, seen: int = 0) -> None:
         """Keep the ledger in `folder`; lines there from `seen` on are forgotten."""
@@ -116,6 +134,9 @@ class TrainLoader:
         running, self._running = self._running, None
         if running is not None:
             running.close()  # type: ignore[union-attr] - `stream` is a generator
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
         self.samples.reader.close()
 
     def _tasks(self, seen: int) -> Iterator[np.ndarray]:
@@ -135,7 +156,7 @@ class TrainLoader:
         return f"sample {x}: {found['key']} of {found['shard']} (source `{found['source']}`)"
 
     def _notes(self, recorded: dict[str, Any]) -> Iterator[str]:
-        decoder = decoder_version(self.settings)
+        decoder = decoders(self.settings, self.sources)
         if recorded.get("decoder", decoder) != decoder:
             yield (f"the run was decoded by {recorded['decoder']} until now and goes on with {decoder}: the order of "
                    "samples is the same, pixels may differ by rounding")
@@ -146,127 +167,10 @@ class TrainLoader:
             yield "mixture: " + ", ".join(f"{name} {share:.4%}" for name, share in self.order.weights().items())
 
 
-class _TrainBatches:
-    """places of a micro-batch -> batch; runs in the workers and holds nothing that changes."""
-
-    def __init__(self, samples: Samples, order: Order, settings: DataSettings, transform: TrainTransform, seed: int,
-                 num_classes: int):
-        self.samples, self.order, self.settings, self.transform = samples, order, settings, transform
-        self.seed, self.num_classes = seed, num_classes
-
-    def __call__(self, places: np.ndarray) -> Batch:
-        import torch
-
-        m, repeats, augment = len(places), self.settings.repeats, self.settings.augment
-        pixels = torch.empty((m, 3, *self.transform.size), dtype=torch.uint8)
-        labels = torch.empty(m, dtype=torch.int64)
-        bad: list[dict[str, Any]] = []
-        number, image, label, row = -1, np.empty(0), 0, None
-        for slot, (x, source, _, shard, index) in enumerate(places.tolist()):
-            working_on(x)
-            if x // repeats != number:  # repeats are neighbours: decoded once, augmented apart
-                number = x // repeats
-                image, label, row = self.load(number, source, shard, index)
-            if row is not None:
-                bad.append({"x": x, **row})
-            pixels[slot] = self.transform(image, sample_seed(self.seed, x))
-            labels[slot] = label
-        target = labels
-        if mixes(augment):
-            target = mix_batch(pixels, labels, places[:, 0], augment, seed=self.seed, num_classes=self.num_classes,
-                               repeats=repeats)
-        return {"ids": torch.from_numpy(places[:, 0].copy()), "pixels": pixels, "labels": target, "bad": bad}
-
-    def load(self, number: int, source: int, shard: int, index: int) -> tuple[np.ndarray, int, dict[str, Any] | None]:
-        """(picture, label, None), or those of the substitute and the ledger row (without x). `number` is x // R."""
-        try:
-            return *self.samples.load(source, shard, index), None
-        except BadSample as error:
-            reason = str(error)
-        mine, reasons = self.samples.sources[source], [reason]
-        for attempt in range(SPARES):
-            spare = self.order.spare(number, source, attempt)
-            try:
-                image, label = self.samples.load(source, *spare)
-            except BadSample as error:
-                reasons.append(str(error))
-                continue
-            other = mine.describe(*spare)
-            return image, label, {**mine.describe(shard, index), "error": reason,
-                                  "substitute": f"{other['shard']}/{other['key']}"}
-        found = mine.describe(shard, index)
-        raise DataError(f"Sample {found['key']} of {found['shard']} (source `{found['source']}`) and {SPARES} substitutes "
-                        f"of the same source do not decode; reasons: {'; '.join(dict.fromkeys(reasons))}.",
-                        "check `label` of this source and `data.decoder`; `tubelet data verify` on its shards")
-
-
-class EvalLoader:
-    """One validation set (`tubelet.engine.protocol.EvalLoader`): iterating gives this rank's batches of `batch_size`.
-
-    `ids` are sample numbers in index order, -1 with `valid` False is padding. A damaged sample keeps its id, is not
-    valid, and is listed in `bad` and in the log: a validation set is never mended by substitutes, so its count tells.
-    """
-
-    def __init__(self, settings: SourceSettings, data: DataSettings, *, img_size: int | tuple[int, int],
-                 num_classes: int, batch_size: int, world: World, crop_pct: float = 0.875, device_type: str = "cpu"):
-        require_decoder(data.decoder)
-        self.name, self.data, self.world, self.crop_pct = settings.name, data, world, crop_pct
-        self.img_size, self.batch_size = as_pair(img_size), batch_size
-        sources = _open([settings], data, world)
-        self.samples = Samples(sources, data, num_classes)
-        self._ends = np.cumsum(sources[0].index.counts)
-        self.size = int(self._ends[-1]) if len(self._ends) else 0
-        if not self.size:
-            raise DataError(f"Validation set `{self.name}` holds no samples ({settings.shards}).",
-                            "remove it from data.val, or check its `shards`")
-        self._pin = device_type == "cuda" and data.pin_memory
-        self._share = -(-self.size // world.size)
-        self.num_batches = -(-self._share // batch_size)
-
-    def __iter__(self) -> Iterator[Batch]:
-        transform = EvalTransform(self.data.augment, self.img_size, crop_pct=self.crop_pct)
-        batches = stream(lambda numbers: self._batch(numbers, transform), list(self._tasks()), pin_memory=self._pin,
-                         workers=min(self.data.workers, self.num_batches), prefetch=self.data.prefetch,
-                         describe=self._describe)
-        for batch in batches:
-            for row in batch["bad"]:
-                log.warning("validation set %s: sample %s of %s is damaged and not counted: %s", self.name, row["key"],
-                            row["shard"], row["error"])
-            yield batch
-
-    def _tasks(self) -> Iterator[np.ndarray]:
-        first = self.world.rank * self._share
-        numbers = np.full(self.num_batches * self.batch_size, -1, dtype=np.int64)
-        mine = np.arange(first, max(first, min(first + self._share, self.size)))
-        numbers[:len(mine)] = mine
-        yield from numbers.reshape(self.num_batches, self.batch_size)
-
-    def _place(self, number: int) -> tuple[int, int]:
-        shard = int(np.searchsorted(self._ends, number, side="right"))
-        return shard, number - int(self._ends[shard - 1] if shard else 0)
-
-    def _batch(self, numbers: np.ndarray, transform: EvalTransform) -> Batch:
-        import torch
-
-        pixels = torch.zeros((len(numbers), 3, *self.img_size), dtype=torch.uint8)
-        labels = torch.zeros(len(numbers), dtype=torch.int64)
-        valid = torch.zeros(len(numbers), dtype=torch.bool)
-        bad = []
-        for slot, number in enumerate(numbers.tolist()):
-            if number < 0:
-                continue
-            working_on(number)
-            try:
-                image, labels[slot] = self.samples.load(0, *self._place(number))
-            except BadSample as error:
-                bad.append({"x": number, **self.samples.sources[0].describe(*self._place(number)), "error": str(error)})
-                continue
-            pixels[slot], valid[slot] = transform(image), True
-        return {"ids": torch.from_numpy(numbers.copy()), "pixels": pixels, "labels": labels, "valid": valid, "bad": bad}
-
-    def _describe(self, number: int) -> str:
-        found = self.samples.sources[0].describe(*self._place(number))
-        return f"sample {number}: {found['key']} of {found['shard']} (validation set `{self.name}`)"
+def decoders(settings: DataSettings, sources: list[Source]) -> str:
+    """The decoders these sources are read with and their versions: other ones may give other pixels."""
+    video = f", {video_decoder_version(settings.video_decoder)}" if has_videos(sources) else ""
+    return decoder_version(settings) + video
 
 
 def compare_fingerprints(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -299,9 +203,3 @@ def _fingerprint(order: Order, sources: list[Source]) -> dict[str, Any]:
                                                   "samples": int(source.index.counts.sum()),
                                                   "shards": len(source.index.shards)}
     return part
-
-
-def _open(settings: list[SourceSettings], data: DataSettings, world: World) -> list[Source]:
-    """Sources with their indexes, sorted by name as the order numbers them."""
-    return [Source(item, open_source(item, index_dir=data.index_dir, world=world))
-            for item in sorted(settings, key=lambda item: item.name)]

@@ -18,12 +18,12 @@ Legend: n frames asked for, T frames of a clip, H W rows cols.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
-from data_pipelines.decode import PICTURES, BadSample, decode_image
+from data_pipelines.decode import PICTURES, BadSample, decode_image, reducible_size
 from data_pipelines.settings import DataSettings
 from data_pipelines.video import arranged, fill_gaps, open_video
 
@@ -31,6 +31,9 @@ VIDEOS = ("mp4", "webm", "mkv", "mov", "avi", "m4v", "mpg", "mpeg", "ts", "m2ts"
 """Members that hold a video; of several the first in this list is the sample's."""
 NUMBERED = re.compile(rf"(\d{{3,}})\.({'|'.join(PICTURES)})")
 """Members that are one frame each."""
+
+Reduce = Callable[[int, int], int]
+"""(rows, cols) of a picture -> at which part of its size it may be decoded: 1, 2, 4 or 8."""
 
 
 class Media(Protocol):
@@ -52,12 +55,12 @@ class Media(Protocol):
 
 
 class Still:
-    """A picture."""
+    """A picture. `full`: its (rows, cols) when it was decoded at a part of them."""
 
     frames = 1
 
-    def __init__(self, image: np.ndarray):
-        self.image, self.times = image, np.zeros(1)
+    def __init__(self, image: np.ndarray, full: tuple[int, int] | None = None):
+        self.image, self.times, self.full = image, np.zeros(1), full
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         if len(indices) == 1:
@@ -96,8 +99,14 @@ class NumberedPictures:
         self.pictures = []
 
 
-def _decode(data: bytes, settings: DataSettings) -> np.ndarray:
-    return decode_image(data, decoder=settings.decoder, exif=settings.exif, max_pixels=settings.max_pixels)
+def _decode(data: bytes, settings: DataSettings, reduce: int = 1) -> np.ndarray:
+    return decode_image(data, decoder=settings.decoder, exif=settings.exif, max_pixels=settings.max_pixels, reduce=reduce)
+
+
+def _still(data: bytes, settings: DataSettings, reduce: Reduce | None) -> Still:
+    full = reducible_size(data, settings.exif) if reduce is not None else None
+    part = reduce(*full) if reduce is not None and full is not None else 1
+    return Still(_decode(data, settings, part), full if part > 1 else None)
 
 
 def numbered_members(kinds: Iterable[str]) -> list[str]:
@@ -115,8 +124,9 @@ def media_members(kinds: Sequence[str]) -> list[str]:
     return numbered_members(kinds) or next(([kind] for kind in PICTURES if kind in kinds), [])
 
 
-def open_media(members: Mapping[str, bytes], settings: DataSettings) -> Media:
-    """The media in the bytes of `media_members`. Raises `BadSample` when they are not one."""
+def open_media(members: Mapping[str, bytes], settings: DataSettings, reduce: Reduce | None = None) -> Media:
+    """The media in the bytes of `media_members`. Raises `BadSample` when they are not one. `reduce` is asked about
+    single pictures that can be decoded at a part of their size."""
     chosen = media_members(list(members))
     if not chosen:
         raise BadSample(f"no picture or video among its members ({', '.join(members) or 'none'})")
@@ -124,4 +134,4 @@ def open_media(members: Mapping[str, bytes], settings: DataSettings) -> Media:
         return open_video(members[chosen[0]], settings)
     if NUMBERED.fullmatch(chosen[0]):
         return NumberedPictures({name: members[name] for name in chosen}, settings)
-    return Still(_decode(members[chosen[0]], settings))
+    return _still(members[chosen[0]], settings, reduce)

@@ -67,7 +67,7 @@ class AugmentSettings(Settings):
     erasing: float = recorded(0.0, ge=0, le=1)
     """Probability of random erasing; of a clip a box over all frames (a cube)."""
     erasing_mode: Literal["pixel", "const"] = recorded("pixel")
-    """`pixel` = noise of the pixels' mean and standard deviation, `const` = black (timm's zero before normalisation)."""
+    """`pixel` = noise of the pixels' mean and standard deviation, `const` = the mean (timm's zero after normalisation)."""
     erasing_count: int = recorded(1, ge=1)
     """Boxes at most that are erased."""
     mixup_alpha: float = recorded(0.0, ge=0)

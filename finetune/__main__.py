@@ -9,13 +9,7 @@ from tubelet.program.main import finish, run_program
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the program; returns the exit code."""
-    return run_program("finetune", __doc__ or "", FinetuneSettings, _train, sys.argv[1:] if words is None else words)
-
-
-def _train(loaded, world):  # torch is imported only here, so --help and configuration errors come at once
-    from tubelet.program.train import train
-
-    return train(loaded, world)
+    return run_program("finetune", __doc__ or "", FinetuneSettings, sys.argv[1:] if words is None else words)
 
 
 if __name__ == "__main__":

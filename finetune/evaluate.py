@@ -42,14 +42,18 @@ def evaluate(
     workers: Annotated[int, typer.Option(help="Loader processes.")] = 1,
     label: Annotated[str, typer.Option(help="Where the label is: cls, txt or json:path.")] = "cls",
     crop: Annotated[str | None, typer.Option(help="center or resize; default: as the run evaluated.")] = None,
+    clips: Annotated[int | None, typer.Option(help="Clips of a video; default: as the run evaluated.")] = None,
+    crops: Annotated[int | None, typer.Option(help="Crops of a clip, 1 or 3; default: as the run evaluated.")] = None,
+    stride: Annotated[float | None, typer.Option(help="Frames from one of a clip to the next; default: as trained.")] = None,
 ) -> None:
     import torch
 
-    from data_pipelines.loader import EvalLoader
-    from data_pipelines.settings import AugmentSettings, DataSettings, SourceSettings
+    from data_pipelines.evaluation import EvalLoader
+    from data_pipelines.settings import AugmentSettings, ClipSettings, DataSettings, SourceSettings
     from tubelet import dist
     from tubelet.engine.evaluate import evaluate as measure
     from tubelet.models.build import build_model, model_cfg, set_picture_cfg
+    from tubelet.models.cost import input_shape
     from tubelet.models.weights import load_weights
     from tubelet.objectives.classification import Classification
     from tubelet.objectives.settings import ObjectiveSettings
@@ -67,8 +71,13 @@ def evaluate(
     if crop:
         augment.eval_crop = crop  # type: ignore[assignment] - checked by pydantic
     source = SourceSettings(name="data", shards=data, label=label)
-    loader = EvalLoader(source, DataSettings(train=[source], augment=augment, workers=workers), world=dist.World(),
-                        img_size=settings.img_size, num_classes=settings.num_classes, batch_size=batch_size)
+    shape = input_shape(model, settings.img_size)
+    frames = shape[1] if len(shape) == 4 else 1
+    given = {"test_clips": clips, "test_crops": crops, "stride": stride}
+    clip = ClipSettings(**{**found.clip, "frames": frames, **{key: value for key, value in given.items() if value}})
+    loader = EvalLoader(source, DataSettings(train=[source], augment=augment, clip=clip, workers=workers),
+                        world=dist.World(), img_size=settings.img_size, num_classes=settings.num_classes,
+                        batch_size=batch_size)
     loader.crop_pct = cfg.get("crop_pct") or 0.875
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     objective = Classification(ObjectiveSettings(**found.objective), settings.num_classes, cfg["mean"], cfg["std"])

@@ -6,7 +6,6 @@ them), and exit codes come back through a small folder, since torchrun turns eve
 
 from __future__ import annotations
 
-import ctypes
 import os
 import shlex
 import signal
@@ -16,7 +15,8 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-EXIT_DIR = "TUBELET_EXIT_DIR"
+from tubelet import dist
+
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
@@ -42,10 +42,10 @@ def describe(command: Sequence[str], extra: dict[str, str]) -> str:
 def run_local(program: str, words: Sequence[str], nproc: int) -> int:
     """Run to the end; returns 0, 85, 86, 130, or the first failing rank's code."""
     with tempfile.TemporaryDirectory(prefix="tubelet-launch-") as folder:
-        env = {**os.environ, **environment(nproc), EXIT_DIR: folder}
+        env = {**os.environ, **environment(nproc), dist.EXIT_DIR: folder}
         # a session of its own: a terminal's Ctrl-C or a group signal reaches the workers once, through us
         process = subprocess.Popen(torchrun_command(program, words, nproc), env=env, start_new_session=True,
-                                   preexec_fn=_die_with_parent)
+                                   preexec_fn=dist.die_with_parent)
 
         def forward(number: int, frame: object) -> None:
             number = signal.SIGTERM if number == signal.SIGHUP else number  # a closed terminal: save and leave
@@ -62,10 +62,6 @@ def run_local(program: str, words: Sequence[str], nproc: int) -> int:
             for number, handler in before.items():
                 signal.signal(number, handler)
         return _exit_code(code, [int(path.read_text() or 1) for path in sorted(Path(folder).glob("rank-*.code"))])
-
-
-def _die_with_parent() -> None:
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _exit_code(torchrun: int, workers: Sequence[int]) -> int:

@@ -43,7 +43,7 @@ def write_shards(folder, counts, *, classes=7, seed=0, damage=(), size=None):
 
 
 def read_shards(folder):
-    """[[(key, picture bytes, label) of a sample] of a shard], read back with tarfile."""
+    """[[(key, bytes of its picture or video, label) of a sample] of a shard], read back with tarfile."""
     shards = []
     for path in sorted(folder.glob("*.tar")):
         samples = {}
@@ -51,5 +51,6 @@ def read_shards(folder):
             for member in tar.getmembers():
                 key, _, kind = member.name.partition(".")
                 samples.setdefault(key, {})[kind] = tar.extractfile(member).read()
-        shards.append([(key, found.get("jpg", found.get("png")), int(found["cls"])) for key, found in samples.items()])
+        shards.append([(key, next(found[kind] for kind in ("jpg", "png", "mp4") if kind in found), int(found["cls"]))
+                       for key, found in samples.items()])
     return shards

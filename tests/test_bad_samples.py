@@ -12,8 +12,8 @@ from test_loader import LANES, SEED, G, Reference, decode, global_batches, loade
 
 from data_pipelines.augment import TrainTransform, sample_seed
 from data_pipelines.decode import BadSample, decode_image
+from data_pipelines.evaluation import EvalLoader
 from data_pipelines.ledger import Ledger
-from data_pipelines.loader import EvalLoader
 from data_pipelines.reader import Reader
 from tubelet.dist import World
 from tubelet.errors import DataError
@@ -191,7 +191,8 @@ def test_bad_samples_are_counted_once_over_ranks_and_restarts_and_stop_all_ranks
     for counted, restarted, error in results:
         assert counted == upto
         assert restarted == {"data/bad_samples": upto[2], "data/bad_fraction": upto[2] / (3 * G)} | {
-            key: value for key, value in restarted.items() if key.startswith("data/epoch/")}
+            key: value for key, value in restarted.items() if key.startswith("data/epoch/")} | {
+            "data/samples/large": 54, "data/samples/small": 18}  # shares of 3 and 1, exact
         assert f"{upto[2]} of {3 * G} samples did not decode" in error and "`data.max_bad_fraction` is 0.1" in error
         assert "Try: " in error and str(tmp_path) in error
     lines = [json.loads(line) for path in sorted(tmp_path.glob("ledger-rank-*.jsonl"))

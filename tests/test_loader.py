@@ -19,7 +19,8 @@ from little_shards import read_shards, write_shards
 from PIL import Image
 
 from data_pipelines.augment import EvalTransform, TrainTransform, sample_seed
-from data_pipelines.loader import EvalLoader, TrainLoader, compare_fingerprints
+from data_pipelines.evaluation import EvalLoader
+from data_pipelines.loader import TrainLoader, compare_fingerprints
 from data_pipelines.mix import draw_mix
 from data_pipelines.settings import DataSettings
 from data_pipelines.workers import stream, working_on

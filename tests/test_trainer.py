@@ -42,6 +42,9 @@ class Numbers:
         self.audits += 1
         return {}
 
+    def summary(self):
+        return None
+
     def close(self):
         pass
 

@@ -21,6 +21,8 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def evaluate(engine: Engine, objective: Any, loader: EvalLoader) -> dict[str, float]:
     """Means of the objective's sums over one validation set. All ranks call it and get the same numbers.
 
+    Names carry the views a sample was seen in, if the loader says so: `acc1@4x3` (four clips of three crops).
+
     Damaged samples are left out and reported as `bad_samples`. Raises `DataError` when the samples counted over all
     ranks are not exactly the others of the set.
     """
@@ -38,5 +40,6 @@ def evaluate(engine: Engine, objective: Any, loader: EvalLoader) -> dict[str, fl
         raise DataError(f"Validation set {loader.name} has {loader.size} samples, but {count:.0f} were evaluated "
                         f"and {bad:.0f} did not decode.",
                         "`tubelet data verify` on its shards")
-    means = {name: value / count for name, value in sums.items()}
+    views = f"@{loader.protocol}" if loader.protocol else ""
+    means = {f"{name}{views}": value / count for name, value in sums.items()}
     return {**means, "bad_samples": bad} if bad else means

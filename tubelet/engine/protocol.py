@@ -122,8 +122,9 @@ class Engine(Protocol):
 
 
 Batch = dict[str, Any]
-"""A micro-batch: `ids` int64 [m], `pixels` uint8 [m, 3, H, W], `labels` int64 [m] or fp32 [m, K]; evaluation adds
-`valid` bool [m] (False = padding that only keeps ranks in step); training may add `bad`, a list of ledger rows."""
+"""A micro-batch: `ids` int64 [m], `pixels` uint8 [m, 3, H, W] or [m, 3, T, H, W], `labels` int64 [m] or fp32 [m, K];
+evaluation adds `valid` bool [m] (False = padding that only keeps ranks in step) and may give V views of each sample, one
+after the other in `pixels` [m * V, ...] (`views` is V then); training may add `bad`, a list of ledger rows."""
 
 
 class Loader(Protocol):
@@ -146,6 +147,10 @@ class Loader(Protocol):
         """Sum bad samples over ranks, write the ledger, raise on all ranks alike when over budget. All ranks call it."""
         ...
 
+    def summary(self) -> str | None:
+        """The bad samples of the whole job in a line; None when there were none. All ranks call it."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -154,5 +159,7 @@ class EvalLoader(Protocol):
 
     name: str
     size: int
+    protocol: str
+    """Clips x crops that a sample is seen in, such as "4x3", which its metrics then carry in their names; "" = one."""
 
     def __iter__(self) -> Iterator[Batch]: ...

@@ -69,11 +69,11 @@ class Trainer:
 
     def __init__(self, settings: EngineSettings, *, run: Run, world: dist.World, engine: Engine, objective: Any,
                  loader: Loader, micro_batch_size: int, total_steps: int, beginning: Beginning, manifest: dict[str, Any],
-                 eval_loaders: Sequence[EvalLoader] = (), flops_per_sample: float = 0.0, img_size: Any = None,
+                 eval_loaders: Sequence[EvalLoader] = (), flops_per_sample: float = 0.0, input_shape: Sequence[int] = (),
                  on_eval: Callable[[Any, int, Scalars], None] | None = None):
         self.settings, self.run, self.world, self.engine, self.objective = settings, run, world, engine, objective
         self.loader, self.eval_loaders, self.on_eval = loader, eval_loaders, on_eval
-        self.total_steps, self.flops_per_sample, self.img_size = total_steps, flops_per_sample, img_size
+        self.total_steps, self.flops_per_sample, self.input_shape = total_steps, flops_per_sample, input_shape
         self.micro_batch_size = micro_batch_size
         self.accumulation = settings.global_batch_size // (micro_batch_size * world.size)
         self.beginning, self.manifest = beginning, manifest
@@ -130,11 +130,10 @@ class Trainer:
 
     def rehearse(self) -> None:
         """One forward pass on zeros, so that shape errors and out-of-memory show before the first batch is read."""
-        height, width = self.img_size if isinstance(self.img_size, (tuple, list)) else (self.img_size, self.img_size)
-        if not height:
+        if not self.input_shape:
             return
         size = self.micro_batch_size
-        batch = {"ids": torch.arange(size), "pixels": torch.zeros(size, 3, height, width, dtype=torch.uint8),
+        batch = {"ids": torch.arange(size), "pixels": torch.zeros(size, *self.input_shape, dtype=torch.uint8),
                  "labels": torch.zeros(size, dtype=torch.int64), "valid": torch.ones(size, dtype=torch.bool)}
         self.engine.eval()
         with torch.no_grad():
@@ -274,6 +273,9 @@ class Trainer:
         """The last evaluation and checkpoint."""
         self.evaluate()
         self.save()
+        told = self.loader.summary()
+        if told:
+            self.console.say(told)
         self.close()
         if self.world.speaks:
             self.run.end("finished", 0, step=self.state.step, results=self.results)

@@ -8,6 +8,7 @@ Legend: B batch, T frames, H W rows cols, K classes.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -70,11 +71,25 @@ class Classification:
             accuracy = (logits.argmax(dim=-1) == hard).float().mean()
         return {"loss": loss, "accuracy": accuracy}
 
+    def averaged(self, logits: torch.Tensor, views: int) -> torch.Tensor:
+        """Logits [B * V, K] of V views of each sample -> [B, K]: their mean, or the logarithm of the mean of what they
+        give (softmax or sigmoid)."""
+        if views == 1:
+            return logits
+        logits = logits.view(-1, views, logits.shape[-1])
+        if self.settings.average == "logits":
+            return logits.mean(dim=1)
+        if self.settings.name == "softmax":
+            return logits.log_softmax(dim=-1).logsumexp(dim=1) - math.log(views)
+        yes, no = (F.logsigmoid(sign * logits).logsumexp(dim=1) for sign in (1, -1))
+        return yes - no  # the logit of the mean probability
+
     @torch.no_grad()
     def evaluate(self, model: Any, batch: dict[str, Any]) -> dict[str, torch.Tensor]:
         """Sums over the samples that are `valid` (all when the batch does not say): loss without label smoothing,
-        acc1, acc5 (5 or all classes), count; float64, so that sums of many batches stay exact."""
-        logits, labels = self.logits(model, batch["pixels"]), batch["labels"]
+        acc1, acc5 (5 or all classes), count; float64, so that sums of many batches stay exact. Of a sample with several
+        views, their logits (or probabilities) are averaged first."""
+        logits, labels = self.averaged(self.logits(model, batch["pixels"]), batch.get("views", 1)), batch["labels"]
         valid = batch.get("valid")
         valid = torch.ones(len(labels), dtype=torch.bool, device=labels.device) if valid is None else valid
         labels = labels.where(valid.view(-1, *[1] * (labels.ndim - 1)), 0)  # padding may carry any label

@@ -6,25 +6,20 @@ are errors. Errors of any rank go to `logs/rank-NNNN.txt` with the host name; th
 
 from __future__ import annotations
 
-import ctypes
 import os
 import signal
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from tubelet import dist, files
-from tubelet.config import Loaded
 from tubelet.errors import EXIT_ERROR, TubeletError
-from tubelet.program.settings import P, help_text, load_command, parse_command
-
-EXIT_DIR = "TUBELET_EXIT_DIR"
+from tubelet.program.settings import ProgramSettings, help_text, load_command, parse_command
 
 
-def run_program(name: str, what: str, cls: type[P], train: Callable[[Loaded[P], dist.World], object],
-                words: Sequence[str]) -> int:
+def run_program(name: str, what: str, cls: type[ProgramSettings], words: Sequence[str]) -> int:
     """Parse, check, train, report. Returns the exit code of this process."""
     rank = int(next((os.environ[key] for key in dist._RANK if os.environ.get(key, "").isdigit()), 0))
     folder: Path | None = None
@@ -41,11 +36,13 @@ def run_program(name: str, what: str, cls: type[P], train: Callable[[Loaded[P], 
             print(loaded.as_yaml() if rank == 0 else "", end="")
             return 0
         folder = Path(loaded.settings.run.dir) / loaded.settings.run.name
+        from tubelet.program.train import train  # torch: --help and configuration errors come before it
+
         train(loaded, world)
         code = 0
     except Exception as error:
         code = getattr(error, "code", None) or report(error, rank, folder)
-        everywhere = hasattr(error, "code") or (EXIT_DIR in os.environ and dist.all_failing())
+        everywhere = hasattr(error, "code") or (dist.EXIT_DIR in os.environ and dist.all_failing())
     return _leave(rank, code, everywhere)
 
 
@@ -71,16 +68,16 @@ def report(error: Exception, rank: int, folder: Path | None) -> int:
 
 def _meet_launcher(world: dist.World) -> None:
     """Tell `launch local` our pid, so that it signals workers directly, and die with the process that started us."""
-    folder = os.environ.get(EXIT_DIR)
+    folder = os.environ.get(dist.EXIT_DIR)
     if folder:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphans when the launcher is killed
+        dist.die_with_parent()  # no orphans when the launcher is killed
         Path(folder, f"rank-{world.rank}.pid").write_text(str(os.getpid()))
 
 
 def _leave(rank: int, code: int, everywhere: bool) -> int:
     """Hand the exit code to `launch local`. torchrun would turn a non-zero code into 1 and a page of its own; it needs to
     hear of one only to end the other ranks, so not when all leave together."""
-    folder = os.environ.get(EXIT_DIR)
+    folder = os.environ.get(dist.EXIT_DIR)
     if folder:
         Path(folder, f"rank-{rank}.code").write_text(str(code))
         if everywhere:

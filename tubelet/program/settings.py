@@ -16,7 +16,7 @@ from pydantic import model_validator
 
 from data_pipelines.settings import DataSettings
 from tubelet.batching import micro_batch_multiple, resolve_micro_batch
-from tubelet.config import Loaded, Settings, fixed, free, known_fields, load, read_yaml
+from tubelet.config import Loaded, Settings, fixed, free, known_fields, load, merge, read_yaml
 from tubelet.engine.settings import EngineSettings
 from tubelet.errors import ConfigError
 from tubelet.models.settings import ModelSettings
@@ -38,6 +38,9 @@ class InitSettings(Settings):
     """How a position table of another grid is resampled: as timm does, or as the papers' code does."""
     patch_kernel: Literal["refuse", "resample"] = free("refuse")
     """Weights of another patch size: refuse them, or resample the patch kernel (FlexiViT's pseudo-inverse resize)."""
+    inflate: Literal["central", "average"] = free("central")
+    """Weights of a picture model in a video model: the middle frame of a kernel gets the picture's (`central`, ViViT),
+    or every frame its share (`average`, UniFormer's own)."""
     from_run: str | None = free(None)
     """Fork: weights, moments, EMA and data position of another run or one of its checkpoints, under this run's
     schedule."""
@@ -73,7 +76,8 @@ class ProgramSettings(EngineSettings):
 def micro_batch_of(settings: ProgramSettings, world_size: int) -> int:
     """The micro-batch size of these settings on that many ranks; `ConfigError` names what would fit."""
     augment = settings.data.augment
-    multiple = micro_batch_multiple(bool(augment.mixup_alpha or augment.cutmix_alpha), settings.data.repeats)
+    pairs = bool(augment.mixup_alpha or augment.cutmix_alpha or augment.mixtoken_alpha)
+    multiple = micro_batch_multiple(pairs, settings.data.repeats)
     return resolve_micro_batch(settings.global_batch_size, settings.micro_batch_size, settings.max_micro_batch_size,
                                world_size, multiple)
 
@@ -137,10 +141,16 @@ def tiny_layer(data: dict[str, Any], tiny: Path) -> dict[str, Any]:
     layer["schedule"] = {key: value for key, value in short.items() if schedule.get(key)}
     if (data.get("init") or {}).get("weights"):
         layer["init"] = {"weights": "made-up"}
+    families, clips = layer.pop("families"), layer.pop("clips")
+    name = (data.get("model") or {}).get("name", "")
+    layer = merge(layer, {"model": {"kwargs": next(kwargs for start, kwargs in families.items() if name.startswith(start))}})
+    if "clip" in (data.get("data") or {}):
+        layer = merge(layer, clips)
+        layer["model"]["kwargs"]["num_frames"] = clips["data"]["clip"]["frames"]
+    if "tokenlearner" in name:
+        layer["model"]["kwargs"]["at"] = layer["model"]["kwargs"]["depth"] // 2
     if not (data.get("data") or {}).get("val"):
         layer.get("data", {}).pop("val", None)
-    if "tokenlearner" in (data.get("model") or {}).get("name", ""):
-        layer["model"]["kwargs"]["at"] = layer["model"]["kwargs"]["depth"] // 2
     name = (data.get("run") or {}).get("name", "run")
     layer["run"] = {"name": f"{name}-tiny"}
     return layer

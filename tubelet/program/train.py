@@ -14,7 +14,8 @@ from typing import Any
 
 import torch
 
-from data_pipelines.loader import EvalLoader, TrainLoader, compare_fingerprints
+from data_pipelines.evaluation import EvalLoader
+from data_pipelines.loader import TrainLoader, compare_fingerprints
 from tubelet import dist
 from tubelet.config import Loaded
 from tubelet.engine.build import build_engine
@@ -24,7 +25,7 @@ from tubelet.engine.schedule import check_schedule
 from tubelet.engine.trainer import Beginning, Trainer, TrainState
 from tubelet.errors import CheckpointError, ConfigError, Problems, RunError
 from tubelet.models.build import build_model, hub_config, model_cfg, set_picture_cfg
-from tubelet.models.cost import flops_per_sample_training
+from tubelet.models.cost import flops_per_sample_training, input_shape
 from tubelet.objectives.classification import Classification
 from tubelet.program.settings import P, ProgramSettings, micro_batch_of
 from tubelet.program.weights import begin_from_weights
@@ -55,8 +56,9 @@ def train(loaded: Loaded[P], world: dist.World) -> dict[str, float]:
             source = begin_from_weights(model, settings.init, settings.model, settings.seed, speaks=world.speaks)
         for warning in set_picture_cfg(model, settings.model, source):
             print(f"warning: {warning}" if world.speaks else "", end="\n" if world.speaks else "", flush=True)
-        cfg = {**model_cfg(model), "interpolation": settings.data.augment.interpolation}
-        data.set_crop(cfg.get("crop_pct") or 0.875)
+        cfg = {**model_cfg(model), "interpolation": evaluated_with(settings.data.augment.interpolation)}
+        data.set_picture(cfg)
+        shape = check_clips(input_shape(model, settings.model.img_size), settings.data.clip.frames)
         flops = flops_per_sample_training(model, settings.model.img_size)
         hub = {**hub_config(model, settings.model), "pretrained_cfg": cfg}
         engine = build_engine(model, settings, world=world, device=device, micro_batch_size=micro_batch_size)
@@ -64,7 +66,7 @@ def train(loaded: Loaded[P], world: dist.World) -> dict[str, float]:
         trainer = Trainer(
             settings, run=run, world=world, engine=engine, objective=objective, loader=data.train,
             eval_loaders=data.val, micro_batch_size=micro_batch_size, total_steps=data.total_steps, beginning=beginning,
-            flops_per_sample=flops, img_size=settings.model.img_size,
+            flops_per_sample=flops, input_shape=shape,
             manifest={"config": settings.model_dump(mode="json"), "model_cfg": cfg, "hub_config": hub,
                       "micro_batch_size": micro_batch_size,
                       "data": {"fingerprint": data.train.fingerprint, "recorded": data.train.recorded_state()}})
@@ -87,6 +89,22 @@ def check(settings: ProgramSettings, world: dist.World) -> int:
             problems.items.append(error)
     problems.raise_if_any()
     return micro
+
+
+def check_clips(shape: tuple[int, ...], frames: int) -> tuple[int, ...]:
+    """The model's input shape, (3, H, W) or (3, T, H, W), when the clips of the data are what it takes."""
+    wanted = shape[1] if len(shape) == 4 else 1
+    if wanted != frames or (len(shape) == 4 and frames == 1):
+        what = f"clips of {wanted} frames" if len(shape) == 4 else "pictures"
+        raise ConfigError(f"The model takes {what}, `data.clip.frames` is {frames}.",
+                          f"data.clip.frames={wanted}" + (f", or model.kwargs.num_frames={frames}" if len(shape) == 4 else
+                                                          ", or a video model (`tubelet models`)"))
+    return shape
+
+
+def evaluated_with(interpolation: str) -> str:
+    """The filter of evaluation, for the `pretrained_cfg`; training may choose one by sample."""
+    return "bicubic" if interpolation == "random" else interpolation
 
 
 def quiet() -> None:
@@ -141,9 +159,11 @@ class Data:
     val: list[EvalLoader]
     total_steps: int
 
-    def set_crop(self, crop_pct: float) -> None:
+    def set_picture(self, cfg: dict[str, Any]) -> None:
+        """What is known only once the weights are: the crop of evaluation, and the colours that augmentation fills with."""
         for loader in self.val:
-            loader.crop_pct = crop_pct
+            loader.crop_pct = cfg.get("crop_pct") or 0.875
+        self.train.set_colors(cfg["mean"], cfg["std"])
 
 
 def build_data(settings: ProgramSettings, world: dist.World, micro_batch_size: int, beginning: Beginning,

@@ -10,8 +10,10 @@ from tubelet import dist
 from tubelet.engine.checkpoint.folder import choose, published
 from tubelet.engine.checkpoint.format import Index, read_manifest
 from tubelet.engine.checkpoint.load import assemble
-from tubelet.errors import CheckpointError
+from tubelet.errors import CheckpointError, ConfigError
 from tubelet.models.build import build_model, model_cfg
+from tubelet.models.cost import input_shape
+from tubelet.models.from_image import from_image
 from tubelet.models.settings import ModelSettings
 from tubelet.models.weights import load_weights, read_weights
 from tubelet.program.settings import InitSettings
@@ -22,12 +24,27 @@ def begin_from_weights(model: Any, init: InitSettings, settings: ModelSettings, 
     """Load `init.weights` into `model` on every rank, print the table, return the picture settings that go with them."""
     folder = checkpoint_folder(init.weights or "")
     state, source = dist.together(lambda: find_weights(init, folder, settings, seed))
-    report = dist.together(lambda: load_weights(model, state, source=source, method=init.resize, head=init.head,
-                                                  head_bias=settings.head_bias,
-                                                  patch_kernel=init.patch_kernel))
+    if of_pictures(model, state, source):
+        report = dist.together(lambda: from_image(
+            model, state, kernel=init.inflate, positions="resize", method=init.resize, source=source,
+            head="keep" if init.head == "keep" else "replace", head_bias=settings.head_bias))
+    else:
+        report = dist.together(lambda: load_weights(model, state, source=source, method=init.resize, head=init.head,
+                                                    head_bias=settings.head_bias, patch_kernel=init.patch_kernel))
     if speaks:
         report.show(f"weights from {init.weights}")
     return source
+
+
+def of_pictures(model: Any, state: dict[str, Any], source: dict[str, Any]) -> bool:
+    """True when the model takes clips and these weights are those of a model that takes pictures."""
+    if len(input_shape(model)) != 4:
+        return False
+    if len(source.get("input_size") or ()) in (3, 4):
+        return len(source["input_size"]) == 3
+    own = model.state_dict()
+    flat = any(own[name].ndim == 5 and tensor.ndim == 4 for name, tensor in state.items() if name in own)
+    return flat or any(name.startswith("time_embed") or ".temporal_" in f".{name}" for name in own.keys() - state.keys())
 
 
 def find_weights(init: InitSettings, folder: Path | None, settings: ModelSettings,
@@ -60,7 +77,10 @@ def made_up_weights(settings: ModelSettings, seed: int) -> tuple[dict[str, Any],
     size = settings.img_size
     half = size // 2 if isinstance(size, int) else (size[0] // 2, size[1] // 2)
     other = settings.model_copy(update={"img_size": half, "num_classes": settings.num_classes + 1})
-    model = build_model(other, seed=seed + 1)
+    try:
+        model = build_model(other, seed=seed + 1)
+    except ConfigError:  # a model without tables, whose stages halve the picture further than this
+        model = build_model(other.model_copy(update={"img_size": size}), seed=seed + 1)
     return model.state_dict(), model_cfg(model)
 
 
@@ -74,6 +94,7 @@ class Found:
     what: str
     augment: dict[str, Any] = field(default_factory=dict)
     objective: dict[str, Any] = field(default_factory=dict)
+    clip: dict[str, Any] = field(default_factory=dict)
 
 
 def describe(name: str, which: Literal["auto", "weights", "ema"] = "auto") -> Found:
@@ -84,7 +105,8 @@ def describe(name: str, which: Literal["auto", "weights", "ema"] = "auto") -> Fo
         config = manifest["config"]
         kind = "moving average" if which == "ema" or (which == "auto" and Index.read(folder).ema) else "weights"
         return Found(ModelSettings(**config["model"]), dict(assemble(folder, which=which)), manifest["model_cfg"],
-                     f"{kind} of {folder.name}", config["data"]["augment"], config["objective"])
+                     f"{kind} of {folder.name}", config["data"]["augment"], config["objective"],
+                     config["data"].get("clip", {}))
     state, cfg = read_weights(name)
     if "architecture" not in cfg:
         raise CheckpointError(f"{name} has no config.json beside it, so its model is not known.",
