@@ -159,7 +159,10 @@ class _Crew:
             return
         timer = threading.Timer(CLOSE_SECONDS, self._kill)
         timer.daemon = True
-        timer.start()
+        if sys.is_finalizing():  # the program ends with this stream still open: a thread would never start, nor torch wait
+            shut_down = self._kill
+        else:
+            timer.start()
         try:
             shut_down()
         finally:
