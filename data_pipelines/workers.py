@@ -30,6 +30,7 @@ import multiprocessing.context
 import multiprocessing.sharedctypes
 import os
 import signal
+import sys
 import tempfile
 import threading
 import time
