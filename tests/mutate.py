@@ -5,6 +5,7 @@
 """
 
 import bz2
+import functools
 import gzip
 import io
 import lzma
@@ -143,9 +144,9 @@ def odd_kind(rng, data):
 
 
 def no_tar(rng, data):
-    bomb = bytes(1 << 24)
-    return [b"", bytes(BLOCK), bytes(10_240), rng.bytes(100), rng.bytes(5000), gzip.compress(bomb), bz2.compress(bomb),
-            lzma.compress(bomb), b"\x28\xb5\x2f\xfd" + rng.bytes(500), gzip.compress(data), data + data,
+    zeros = bytes(1 << 24)
+    return [b"", bytes(BLOCK), bytes(10_240), rng.bytes(100), rng.bytes(5000), gzip.compress(zeros), bz2.compress(zeros),
+            lzma.compress(zeros), b"\x28\xb5\x2f\xfd" + rng.bytes(500), gzip.compress(data), data + data,
             b"PK\x03\x04" + rng.bytes(300), data[:-2 * BLOCK]][rng.randint(13)]
 
 
@@ -159,6 +160,12 @@ def chunk(kind, data):
 def png(width, height, *extra, body=b""):
     head = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + head + b"".join(extra) + chunk(b"IDAT", zlib.compress(body)) + chunk(b"IEND", b"")
+
+
+@functools.cache
+def bomb():
+    """128 MiB in 128 kB; half a second to make."""
+    return zlib.compress(bytes(1 << 27), 9)
 
 
 def huge_jpeg(rng):
@@ -176,13 +183,13 @@ def saved(rng, kind):
 
 def bad_picture(rng):
     """(what, bytes that are no picture that may be trained on)"""
-    bomb, jpg = zlib.compress(bytes(1 << 27), 9), image_bytes(rng)
+    jpg = image_bytes(rng)
     webp, tiff, gif = (saved(rng, kind) for kind in ("WEBP", "TIFF", "GIF"))
     found = [
         ("empty", b""), ("100,000 x 100,000 PNG", png(100_000, 100_000)), ("65,500 x 65,500 JPEG", huge_jpeg(rng)),
         ("2**31 x 1 PNG", png((1 << 31) - 1, 1)), ("PNG cut short", png(64, 64, body=bytes(100))),
-        ("zTXt bomb", png(8, 8, *[chunk(b"zTXt", b"k\0\0" + bomb)] * 4, body=bytes(50))),
-        ("iCCP bomb", png(8, 8, chunk(b"iCCP", b"k\0\0" + bomb), body=bytes(50))),
+        ("zTXt bomb", png(8, 8, *[chunk(b"zTXt", b"k\0\0" + bomb())] * 4, body=bytes(50))),
+        ("iCCP bomb", png(8, 8, chunk(b"iCCP", b"k\0\0" + bomb()), body=bytes(50))),
         ("JPEG cut short", jpg[:len(jpg) // 2]), ("JPEG header alone", jpg[:25]), ("two bytes", b"\xff\xd8"),
         ("WebP cut short", webp[:len(webp) // 2]), ("TIFF cut short", tiff[:100]), ("GIF cut short", gif[:40]),
         ("16,383 x 16,383 WebP", b"RIFF\x16\0\0\0WEBPVP8X\x0a\0\0\0\0\0\0\0" + (16_382).to_bytes(3, "little") * 2),
