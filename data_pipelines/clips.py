@@ -1,13 +1,16 @@
 """Which frames of a video make a clip.
 
-`window`: T frames that cover a span of T * stride frames, the first at its start and the last at its last frame:
-linspace(start, start + span - 1, T), rounded down, as SlowFast, MViT, TimeSformer and UniFormer sample. (ViViT's
-start + i * stride ends up to stride - 1 frames earlier. Ours is the former, since the published video weights were trained
-and tested so.) In training every start inside the video is equally likely; SlowFast's own draw leaves the last frame out.
-A clip of one frame has no span: every frame is equally likely.
+`window`: T frames exactly `stride` apart, start + i * stride, every start that fits equally likely, as ViViT and big_vision
+sample (ViViT's own draw leaves the last start out). Evaluation: starts at equal distances, from 0 to length - T * stride; a
+single clip in the middle.
 
-Evaluation: clips at equal distances, clip i at i * floor((length - span) / (clips - 1)), a single one in the middle, as
-UniFormer's offset sampling (TimeSformer's single clip is the beginning).
+`spread`: T frames laid over a span of T * stride frames, the first at its start and the last at its last frame:
+linspace(start, start + span - 1, T), rounded down, as SlowFast, MViT, TimeSformer and UniFormer sample and as their
+published weights were trained and tested. Every start that fits is equally likely; SlowFast's own draw leaves the last frame out.
+Evaluation: clip i at i * floor((length - span) / (clips - 1)), a single one in the middle, as UniFormer's offset sampling
+(TimeSformer's single clip is the beginning).
+
+A clip of one frame has no span in either: every frame is equally likely.
 
 `segments` (TSN, Wang et al., "Temporal Segment Networks", ECCV 2016): a random frame of each of T equal parts of the whole
 video; in evaluation the middle of each part, with c clips the points at 1/(c+1) .. c/(c+1) of it (UniFormer's).
@@ -35,9 +38,9 @@ def draw_clip(frames: int, times: np.ndarray, clip: ClipSettings, draw: np.rando
     """
     if clip.sampling == "segments":
         return _segments(frames, times, clip, draw.random_sample(clip.frames))
-    span = _span(frames, times, clip)
-    room = max(frames - span + 1, 0.0)  # a start below this ends inside the last frame
-    return _frames_at(draw.random_sample() * room + _steps(span, clip), frames, times, clip)
+    steps = _steps(frames, times, clip)
+    starts = max(frames - steps[-1], 0.0)  # a start below this ends inside the last frame
+    return _frames_at(draw.random_sample() * starts + steps, frames, times, clip)
 
 
 def test_clips(frames: int, times: np.ndarray, clip: ClipSettings) -> np.ndarray:
@@ -45,10 +48,15 @@ def test_clips(frames: int, times: np.ndarray, clip: ClipSettings) -> np.ndarray
     count = clip.test_clips
     if clip.sampling == "segments":
         return np.stack([_segments(frames, times, clip, np.full(clip.frames, (i + 1) / (count + 1))) for i in range(count)])
-    span = _span(frames, times, clip)
-    room = max(frames - span, 0.0)
-    starts = [np.floor(room / 2)] if count == 1 else [i * np.floor(room / (count - 1)) for i in range(count)]
-    return np.stack([_frames_at(start + _steps(span, clip), frames, times, clip) for start in starts])
+    steps = _steps(frames, times, clip)
+    starts = max(frames - steps[-1], 0.0)
+    if count == 1:
+        first = np.array([np.floor((starts if clip.sampling == "window" else max(starts - 1, 0.0)) / 2)])
+    elif clip.sampling == "window":
+        first = np.floor(np.linspace(0.0, max(frames - clip.frames * _stride(frames, times, clip), 0.0), count))
+    else:
+        first = np.arange(count) * np.floor(max(starts - 1, 0.0) / (count - 1))
+    return np.stack([_frames_at(start + steps, frames, times, clip) for start in first])
 
 
 test_clips.__test__ = False  # type: ignore[attr-defined]  # for pytest: no test
@@ -60,22 +68,27 @@ def _segments(frames: int, times: np.ndarray, clip: ClipSettings, inside: np.nda
     return _frames_at((np.arange(clip.frames) + inside) * (frames / clip.frames), frames, times, clip)
 
 
-def _span(frames: int, times: np.ndarray, clip: ClipSettings) -> float:
-    """Length of a window in frames; those of `unit: seconds` are mean frames."""
-    if clip.frames == 1:
-        return 1.0
-    span = clip.frames * clip.stride
-    if clip.unit == "seconds":
-        lasts = _mean_frame(frames, times)
-        span = max(span / lasts, 1.0) if lasts else float(frames)
-    if clip.short == "refuse" and frames < np.floor(max(span - 1, 0.0)) + 1:
-        unit = f"{clip.frames * clip.stride:g} {clip.unit}"
-        raise BadSample(f"{frames} frames are shorter than a clip of {unit} (data.clip.short is refuse)")
-    return span
+def _steps(frames: int, times: np.ndarray, clip: ClipSettings) -> np.ndarray:
+    """float64 [T]: positions of a clip's frames from its start, in (mean) frames."""
+    stride = _stride(frames, times, clip)
+    if clip.sampling == "window":
+        steps = np.arange(clip.frames) * stride
+    else:
+        steps = np.linspace(0.0, max(clip.frames * stride - 1, 0.0), clip.frames)
+    if clip.short == "refuse" and frames < np.floor(steps[-1]) + 1:
+        covers = clip.frames * clip.stride
+        if clip.sampling == "window":
+            covers -= clip.stride - (clip.unit == "frames")  # the last of them is one frame long
+        raise BadSample(f"{frames} frames are shorter than a clip of {covers:g} {clip.unit} (data.clip.short is refuse)")
+    return steps
 
 
-def _steps(span: float, clip: ClipSettings) -> np.ndarray:
-    return np.linspace(0.0, max(span - 1, 0.0), clip.frames)
+def _stride(frames: int, times: np.ndarray, clip: ClipSettings) -> float:
+    """The stride in frames; that of `unit: seconds` in mean frames, and of a clock that stands still the whole video."""
+    if clip.unit == "frames":
+        return clip.stride
+    lasts = _mean_frame(frames, times)
+    return clip.stride / lasts if lasts else frames / clip.frames
 
 
 def _frames_at(positions: np.ndarray, frames: int, times: np.ndarray, clip: ClipSettings) -> np.ndarray:

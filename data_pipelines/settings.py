@@ -89,11 +89,12 @@ class ClipSettings(Settings):
 
     frames: int = fixed(1, ge=1)
     """Frames T of a clip. 1 = batches [B, 3, H, W] for image models; more = [B, 3, T, H, W]."""
-    sampling: Literal["window", "segments"] = recorded("window")
-    """`window` = T frames `stride` apart from a random start; `segments` = one random frame of each of T equal parts
+    sampling: Literal["window", "spread", "segments"] = recorded("window")
+    """`window` = T frames exactly `stride` apart from a random start (ViViT, big_vision); `spread` = T frames evenly over
+    T * `stride` ones from a random start (SlowFast, MViT, UniFormer); `segments` = one random frame of each of T equal parts
     of the whole video (TSN). Evaluation: clips at equal distances (`test_clips`), the middle of each part."""
     stride: float = recorded(1.0, gt=0)
-    """Distance of a window's frames, in `unit`s."""
+    """Distance of the frames of `window` and `spread`, in `unit`s."""
     unit: Literal["frames", "seconds"] = recorded("frames")
     """`frames` = frames as they are in the file; `seconds` = by their time stamps, whatever the frame rate."""
     short: Literal["clamp", "loop", "refuse"] = recorded("clamp")
