@@ -6,7 +6,7 @@ single clip in the middle.
 
 `spread`: T frames laid over a span of T * stride frames, the first at its start and the last at its last frame:
 linspace(start, start + span - 1, T), rounded down, as SlowFast, MViT, TimeSformer and UniFormer sample and as their
-published weights were trained and tested. Every start that fits is equally likely; SlowFast's own draw leaves the last frame out.
+published weights were trained and tested. Every start is equally likely; SlowFast's own draw leaves the last frame out.
 Evaluation: clip i at i * floor((length - span) / (clips - 1)), a single one in the middle, as UniFormer's offset sampling
 (TimeSformer's single clip is the beginning).
 
