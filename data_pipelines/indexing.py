@@ -9,8 +9,7 @@ import hashlib
 import os
 import shlex
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from data_pipelines.once import build_once, cache_folder
 from data_pipelines.progress import track
 from data_pipelines.scan import idx_bytes, scan_shard
 from data_pipelines.shards import INDEX_NAME, base_name, by_folder, expand, is_remote, missing, resolve_shards
+from data_pipelines.side_by_side import in_processes
 from tubelet.errors import DataError, Problems, TubeletError
 from tubelet.files import write_atomic, write_json
 from tubelet.redact import identity, redact
@@ -59,7 +59,7 @@ def write_index(folder: Path, urls: Sequence[str], *, beside_shards: bool, label
     jobs = [(url, str(folder / name)) for url, name in zip(urls, idx)]
     problems = Problems(DataError, "Shards that cannot be indexed:")
     entries = []
-    for name, result in zip(idx, track(_scan_all(jobs, processes), len(jobs), "indexing shards")):
+    for name, result in zip(idx, track(in_processes(_scan_one, jobs, processes), len(jobs), "indexing shards")):
         if len(result) == 3:
             problems.add(result[1], result[2])
             continue
@@ -77,14 +77,6 @@ def write_index(folder: Path, urls: Sequence[str], *, beside_shards: bool, label
         write_json(folder / "classes.json", list(classes))
     write_json(folder / INDEX_NAME, index)
     return index
-
-
-def _scan_all(jobs: list[tuple[str, str]], processes: int) -> Iterator[Any]:
-    if processes <= 1 or len(jobs) <= 1:
-        yield from map(_scan_one, jobs)
-        return
-    with ProcessPoolExecutor(min(processes, len(jobs))) as pool:
-        yield from pool.map(_scan_one, jobs)
 
 
 def build_index(shards: str | Sequence[str], *, index_dir: str | None = None, label: str = "cls", overwrite: bool = False,

@@ -11,8 +11,7 @@ import io
 import os
 import shutil
 import tarfile
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ from data_pipelines.indexing import check_label_rule, write_index
 from data_pipelines.progress import track
 from data_pipelines.reader import Reader
 from data_pipelines.shards import base_name, is_remote, missing, resolve_shards
+from data_pipelines.side_by_side import in_processes
 from data_pipelines.survey import Found, survey_shard, unsafe_name
 from data_pipelines.verify import Checks, Report, check_sample, verify
 from tubelet.errors import DataError, Problems
@@ -78,7 +78,7 @@ def repair(shards: str | Sequence[str], out: str | Path, *, index_dir: str | Non
         pass  # a damaged index is no obstacle: a new one is written
     check_label_rule(rule)
     checks = Checks(rule, class_map, num_classes or len(classes or []), decode, duplicates)
-    judged = list(track(_each(partial(_judge, checks=checks), urls, processes), len(urls), "reading shards"))
+    judged = list(track(in_processes(partial(_judge, checks=checks), urls, processes), len(urls), "reading shards"))
     if duplicates:
         _drop_duplicates(judged)
     kept = [shard for shard in judged if shard.kept]
@@ -92,7 +92,7 @@ def repair(shards: str | Sequence[str], out: str | Path, *, index_dir: str | Non
     try:
         temporary.mkdir(parents=True)
         write = partial(_write, folder=temporary)
-        for _ in track(_each(write, kept, processes), len(kept), "writing shards"):
+        for _ in track(in_processes(write, kept, processes), len(kept), "writing shards"):
             pass
         write_index(temporary, [str(temporary / base_name(shard.url)) for shard in kept], beside_shards=True, label=rule,
                     split=split, classes=classes, processes=processes)
@@ -125,14 +125,6 @@ def _check_names(urls: list[str], out: Path) -> None:
     if out.is_file() or (out.is_dir() and any(out.iterdir())):
         problems.add(f"{out} is there and not empty; the originals are never written over.", "another folder")
     problems.raise_if_any()
-
-
-def _each(work: Callable[[Any], Any], items: Sequence[Any], processes: int) -> Iterable[Any]:
-    if processes <= 1 or len(items) <= 1:
-        yield from map(work, items)
-        return
-    with ProcessPoolExecutor(min(processes, len(items))) as pool:
-        yield from pool.map(work, items)
 
 
 def _judge(url: str, checks: Checks) -> _Judged:

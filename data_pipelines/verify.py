@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +25,7 @@ from data_pipelines.reader import Reader
 from data_pipelines.scan import ShardTable, idx_bytes, scan_shard
 from data_pipelines.settings import DataSettings
 from data_pipelines.shards import base_name, is_remote, missing, resolve_shards
+from data_pipelines.side_by_side import in_processes
 from data_pipelines.survey import Found, survey_shard, unsafe_name
 from tubelet.errors import DataError, TubeletError
 from tubelet.files import sha256_file
@@ -118,7 +118,7 @@ def verify(shards: str | Sequence[str], *, index_dir: str | None = None, label: 
     check = partial(_verify_one, checks=Checks(rule, class_map, num_classes, decode, duplicates))
     sums = _checksums(urls) if checksums else {}
     jobs = [(url, known.infos.get(url), sums.get(url)) for url in urls]
-    found = list(track(_run(check, jobs, processes), len(jobs), "verifying shards"))
+    found = list(track(in_processes(check, jobs, processes), len(jobs), "verifying shards"))
     if not any(shard.samples or shard.problems for shard in found):
         found[0].add("no shard holds a sample; a sample is a group of members such as 0001.jpg and 0001.cls")
     _add_duplicates(found)
@@ -150,14 +150,6 @@ def _add_duplicates(found: list[ShardReport]) -> None:
             where = first.setdefault(digest, f"{key} of {base_name(shard.url)}")
             if where != f"{key} of {base_name(shard.url)}":
                 shard.add(f"sample {key}: the same content as {where}")
-
-
-def _run(check: partial[ShardReport], jobs: list[Job], processes: int) -> Iterable[ShardReport]:
-    if processes <= 1 or len(jobs) <= 1:
-        yield from map(check, jobs)
-        return
-    with ProcessPoolExecutor(min(processes, len(jobs))) as pool:
-        yield from pool.map(check, jobs)
 
 
 def _notes(found: list[ShardReport], lacking: list[str]) -> list[str]:

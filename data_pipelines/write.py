@@ -16,11 +16,8 @@ import multiprocessing
 import os
 import re
 import shutil
-import signal
-import threading
-import time
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, cast
@@ -35,11 +32,13 @@ from data_pipelines.order import permutation
 from data_pipelines.pieces import Done, Plan
 from data_pipelines.progress import track
 from data_pipelines.shards import INDEX_NAME, read_index_json
+from data_pipelines.side_by_side import pool_of
 from data_pipelines.transcode import Treatment, treat
 from tubelet.errors import DataError, Problems
 from tubelet.files import HashingFile, fsync_dir
 
 WRITE = 4  # purpose of the random words that permute; see order.py for the others
+CLOSE_SECONDS = 1.0  # for the sample that a process is at when the work is stopped
 OnError = Literal["stop", "skip"]
 
 
@@ -232,18 +231,9 @@ def _here(job: Job, numbers: Sequence[int], done: list[Done]) -> Iterator[None]:
 _shared: tuple[Job, Any, Any] | None = None  # in a worker: the job, samples done by all, and whether to stop
 
 
-def _begin(job: Job, count: Any, stop: Any, parent: int) -> None:
+def _begin(job: Job, count: Any, stop: Any) -> None:
     global _shared
     _shared = job, count, stop
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent says `stop`
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-
-
-def _leave_with(parent: int) -> None:
-    """A worker that waits for work would outlive a killed parent for ever: its siblings hold the other end of the queue."""
-    while os.getppid() == parent:
-        time.sleep(1.0)
-    os._exit(1)
 
 
 def _write_in_worker(number: int) -> Done | None:
@@ -263,27 +253,26 @@ def _write_in_worker(number: int) -> Done | None:
 
 
 def _side_by_side(job: Job, numbers: Sequence[int], processes: int, done: list[Done]) -> Iterator[None]:
-    # fork: the listing is shared with the parent instead of pickled to every process, and samples may be closures
     context = multiprocessing.get_context("fork")
     count, stop = context.Value("q", 0), context.Value("b", 0)
     said = 0
-    pool = ProcessPoolExecutor(min(processes, len(numbers)), context, _begin, (job, count, stop, os.getpid()))
-    try:
+    with pool_of(min(processes, len(numbers)), _begin, job, count, stop) as pool:  # forked: samples may be closures
         futures = [pool.submit(_write_in_worker, number) for number in numbers]
         waiting = set(futures)
-        while waiting:
-            _, waiting = wait(waiting, 0.5, FIRST_EXCEPTION)
-            failed = next((future for future in futures if future.done() and future.exception()), None)
-            if failed is not None:
-                failed.result()
-            now = count.value
-            for _ in range(now - said):
-                yield
-            said = now
+        try:
+            while waiting:
+                _, waiting = wait(waiting, 0.5, FIRST_EXCEPTION)
+                failed = next((future for future in futures if future.done() and future.exception()), None)
+                if failed is not None:
+                    failed.result()
+                now = count.value
+                for _ in range(now - said):
+                    yield
+                said = now
+        finally:  # before they are killed they may finish the sample they are at and remove the shard they began
+            stop.value = 1
+            wait([future for future in futures if not future.cancel()], CLOSE_SECONDS)
         done += [shard for future in futures if (shard := future.result()) is not None]
-    finally:
-        stop.value = 1
-        pool.shutdown(cancel_futures=True)
 
 
 # ---------------------------------------------------------------------------------------------------- the folder

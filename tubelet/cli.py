@@ -44,7 +44,13 @@ def main() -> None:
         print(f"error: `{words[0]}` is not a verb.\n  Try: {hint}", file=sys.stderr)
         sys.exit(2)
     sys.argv = [f"tubelet {words[0]}", *words[1:]]
-    module = importlib.import_module(VERBS[words[0]][0])
+    try:
+        module = importlib.import_module(VERBS[words[0]][0])
+    except KeyboardInterrupt:
+        from tubelet.errors import EXIT_INTERRUPTED
+
+        print("interrupted", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
     if hasattr(module, "app"):
         from tubelet.console import run_app
 

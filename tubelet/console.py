@@ -6,11 +6,11 @@ import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from tubelet.errors import EXIT_ERROR, TubeletError
+from tubelet.errors import EXIT_ERROR, EXIT_INTERRUPTED, TubeletError
 
 
 def run_app(app: Any, words: Sequence[str] | None, name: str) -> int:
-    """Run a typer app; a `TubeletError` is printed without a traceback. Returns the exit code."""
+    """Run a typer app; a `TubeletError` and Ctrl-C are a line instead of a traceback. Returns the exit code."""
     import typer
 
     try:
@@ -20,11 +20,15 @@ def run_app(app: Any, words: Sequence[str] | None, name: str) -> int:
         return error.exit_code
     except (typer.Exit, typer.Abort) as done:
         return getattr(done, "exit_code", EXIT_ERROR)
+    except KeyboardInterrupt:
+        result = EXIT_INTERRUPTED
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors have it; anything else is our mistake
             raise
         print(f"error: {error.format_message()}\n  Try: {name} --help", file=sys.stderr)  # type: ignore[attr-defined]
         return 2
+    if result == EXIT_INTERRUPTED:  # typer makes it of a KeyboardInterrupt
+        print("interrupted", file=sys.stderr)
     return result if isinstance(result, int) else 0
 
 

@@ -14,6 +14,7 @@ from tubelet.redact import redact
 
 EXIT_ERROR = 1
 EXIT_PREEMPTED = 85  # saved, restart me
+EXIT_INTERRUPTED = 130  # Ctrl-C, as shells have it
 EXIT_SUPERSEDED = 86  # a newer attempt owns this run folder
 
 

@@ -13,9 +13,8 @@ import threading
 import time
 from types import FrameType
 
-from tubelet.errors import EXIT_PREEMPTED
+from tubelet.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED
 
-EXIT_INTERRUPTED = 130
 _WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 
 
