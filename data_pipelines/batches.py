@@ -6,7 +6,7 @@ Legend: m micro-batch, R repeats, x global sample number, T frames, H W rows col
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,8 @@ from data_pipelines.augment import TrainTransform, sample_seed
 from data_pipelines.crops import Fractions
 from data_pipelines.decode import BadSample
 from data_pipelines.mix import mix_batch, mix_boxes, mixes, mixes_tokens
-from data_pipelines.order import Order
-from data_pipelines.samples import Raw, Samples, training_clips
+from data_pipelines.order import Order, Places
+from data_pipelines.samples import Raw, Samples, draw_clips, training_clips
 from data_pipelines.settings import DataSettings
 from data_pipelines.token_labels import move
 from data_pipelines.workers import working_on
@@ -30,6 +30,8 @@ SPARES = 8  # substitutes tried for one bad sample: with 10 % bad all fail once 
 CLIP = 3  # which random numbers choose frames; see augment.py for the others
 
 Batch = dict[str, Any]
+Moved = tuple[np.ndarray, Fractions]
+"""A map of token labels as its picture lies, and where the crop was."""
 
 
 @dataclass
@@ -55,35 +57,60 @@ class TrainBatches:
         self.seed, self.num_classes = seed, num_classes
 
     def __call__(self, places: np.ndarray) -> Batch:
-        import torch
-
-        m, repeats, augment, frames = len(places), self.settings.repeats, self.settings.augment, self.settings.clip.frames
-        ids = places[:, 0]
-        pixels = new_batch((m, 3, *([frames] if frames > 1 else []), *self.transform.size))
-        labels = torch.empty(m, dtype=torch.int64)
-        batch: Batch = {"ids": torch.from_numpy(ids.copy()), "pixels": pixels, "labels": labels, "bad": []}
-        maps: list[np.ndarray] = []
-        boxes: list[Fractions] = []
-        starts = np.flatnonzero(np.diff(ids // repeats, prepend=-1))  # repeats are neighbours: decoded once
+        ids, moved = places[:, 0], []
+        batch = self.begin(ids)
         working_on(int(ids[0]))
-        raws = self.samples.fetch(tuple(row[[1, 3, 4]].tolist()) for row in places[starts])
-        for slots, raw in zip(np.split(np.arange(m), starts[1:]), raws):
+        groups = self.groups(ids)
+        raws = self.fetch([places[slots[0]].tolist() for slots in groups], [ids[slots].tolist() for slots in groups])
+        for slots, raw in zip(groups, raws):
             xs = ids[slots].tolist()
             working_on(xs[0])
             sample = self.load(raw, places[slots[0]].tolist(), xs)
-            for slot, x, clip in zip(slots, xs, sample.clips):
-                done = self.transform.apply(clip, sample_seed(self.seed, x), full=sample.full, out=pixels[slot])
-                labels[slot] = sample.label
-                if sample.token_map is not None:
-                    maps.append(move(sample.token_map, done))
-                    boxes.append(done.box)
-                if sample.row is not None:
-                    batch["bad"].append({"x": x, **sample.row})
-        if maps:
-            batch["token_labels"], batch["token_boxes"] = stacked(maps), torch.tensor(boxes, dtype=torch.float32)
+            moved += self.augment(sample, xs, batch, slots)
+            if sample.row is not None:
+                batch["bad"] += [{"x": x, **sample.row} for x in xs]
+        return self.finish(batch, moved)
+
+    def begin(self, ids: np.ndarray) -> Batch:
+        """An empty batch for these global sample numbers."""
+        import torch
+
+        frames = self.settings.clip.frames
+        return {"ids": torch.from_numpy(ids.copy()), "labels": torch.zeros(len(ids), dtype=torch.int64), "bad": [],
+                "pixels": new_batch((len(ids), 3, *([frames] if frames > 1 else []), *self.transform.size))}
+
+    def groups(self, ids: np.ndarray) -> list[np.ndarray]:
+        """Slots of the repeats of one sample, which are neighbours: it is fetched and decoded once."""
+        starts = np.flatnonzero(np.diff(ids // self.settings.repeats, prepend=-1))
+        return np.split(np.arange(len(ids)), starts[1:])
+
+    def fetch(self, places: Sequence[Sequence[int]], xs: Sequence[Sequence[int]]) -> Iterator[Raw]:
+        """The bytes of the samples at `places` (x, source, epoch, shard, index); `xs` are the repeats of each."""
+        def choose(number: int, frames: int, times: np.ndarray) -> list[np.ndarray]:
+            return draw_clips(frames, times, self.settings.clip, self._clip_seeds(xs[number]))
+        return self.samples.fetch([(place[1], place[3], place[4]) for place in places], choose)
+
+    def augment(self, sample: Sample, xs: Sequence[int], batch: Batch, slots: Sequence[int] | np.ndarray) -> list[Moved]:
+        """Fills the slots of one sample; returns its maps of token labels, if there are any."""
+        moved = []
+        for slot, x, clip in zip(slots, xs, sample.clips):
+            done = self.transform.apply(clip, sample_seed(self.seed, x), full=sample.full, out=batch["pixels"][slot])
+            batch["labels"][slot] = sample.label
+            if sample.token_map is not None:
+                moved.append((move(sample.token_map, done), done.box))
+        return moved
+
+    def finish(self, batch: Batch, moved: Sequence[Moved]) -> Batch:
+        """Token labels as tensors, and what mixes samples."""
+        import torch
+
+        augment, repeats, ids = self.settings.augment, self.settings.repeats, batch["ids"].numpy()
+        if moved:
+            batch["token_labels"] = stacked([tensor for tensor, _ in moved])
+            batch["token_boxes"] = torch.tensor([box for _, box in moved], dtype=torch.float32)
         if mixes(augment):
-            batch["labels"] = mix_batch(pixels, labels, ids, augment, seed=self.seed, num_classes=self.num_classes,
-                                        repeats=repeats)
+            batch["labels"] = mix_batch(batch["pixels"], batch["labels"], ids, augment, seed=self.seed,
+                                        num_classes=self.num_classes, repeats=repeats)
         if mixes_tokens(augment):
             batch["mix_boxes"] = torch.from_numpy(mix_boxes(ids, augment, seed=self.seed, repeats=repeats))
         return batch
@@ -94,12 +121,12 @@ class TrainBatches:
             return self.decode(raw, xs)
         except BadSample as error:
             reasons = [str(error)]
-        _, source, _, shard, index = place
+        x, source, epoch, shard, index = place
         mine, found = self.samples.sources[source], self.samples.sources[source].describe(shard, index)
         for attempt in range(SPARES):
             spare = self.order.spare(xs[0] // self.settings.repeats, source, attempt)
             try:
-                sample = self.decode(next(self.samples.fetch([(source, *spare)])), xs)
+                sample = self.decode(next(self.fetch([(x, source, epoch, *spare)], [xs])), xs)
             except BadSample as error:
                 reasons.append(str(error))
                 continue
@@ -117,10 +144,18 @@ class TrainBatches:
 
         media = self.samples.media(raw, reduce)
         try:
-            clips = training_clips(media, self.settings.clip, [sample_seed(self.seed, x, CLIP) for x in xs])
+            clips = training_clips(media, self.settings.clip, self._clip_seeds(xs))
         finally:
             media.close()
         return Sample(clips, self.samples.label(raw), getattr(media, "full", None), self.samples.token_map(raw))
+
+    def _clip_seeds(self, xs: Sequence[int]) -> list[int]:
+        return [sample_seed(self.seed, x, CLIP) for x in xs]
+
+
+def places_table(places: Places) -> np.ndarray:
+    """int64 [n, 5]: x, source, epoch, shard, index."""
+    return np.stack([places.x, places.source, places.epoch, places.shard, places.index], axis=1)
 
 
 def new_batch(shape: tuple[int, ...]) -> torch.Tensor:

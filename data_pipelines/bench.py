@@ -16,20 +16,22 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from data_pipelines.augment import generator, sample_seed
-from data_pipelines.clips import draw_clip
-from data_pipelines.decode import BadSample, label_member
+from data_pipelines.augment import TrainTransform
+from data_pipelines.batches import TrainBatches, places_table
+from data_pipelines.decode import BadSample
 from data_pipelines.loader import TrainLoader
-from data_pipelines.media import media_members, open_media
-from data_pipelines.mix import in_pairs, mix_batch, mixes
+from data_pipelines.mix import in_pairs
 from data_pipelines.plan import this_machine
 from data_pipelines.recipe import Recipe
 from tubelet.batching import micro_batch_multiple, resolve_micro_batch
 from tubelet.dist import World
+
+if TYPE_CHECKING:
+    import torch
 
 STAGES = ("fetch", "decode", "augment", "collate", "transfer")
 NEEDS_CPU = STAGES[:4]  # what workers do
@@ -123,12 +125,9 @@ def _device() -> tuple[str, str | None]:
 def _stages(recipe: Recipe, loader: TrainLoader, micro: int, batches: int, need: float | None) -> Bench:
     import torch
 
-    from data_pipelines.augment import TrainTransform
-
-    settings, repeats = loader.settings, loader.settings.repeats
+    settings = loader.settings
     transform = TrainTransform(settings.augment, recipe.model.img_size)
-    frames = settings.clip.frames
-    shape = (3, *transform.size) if frames == 1 else (3, frames, *transform.size)
+    work = TrainBatches(loader.samples, loader.order, settings, transform, recipe.seed, recipe.model.num_classes)
     kind, device = _device()
     found = Bench(0, micro, 0.0, {name: Stage() for name in STAGES}, device, 0, settings.workers, None, None,
                   this_machine().cores, need)
@@ -139,13 +138,8 @@ def _stages(recipe: Recipe, loader: TrainLoader, micro: int, batches: int, need:
             if number == 1:  # the first one imports, opens shards and warms caches
                 found.samples, found.sample_bytes, found.bad = 0, 0.0, 0
                 found.stages = {name: Stage() for name in STAGES}
-            ids = np.arange(number * micro, (number + 1) * micro, dtype=np.int64)
-            pixels, labels = torch.zeros((micro, *shape), dtype=torch.uint8), torch.zeros(micro, dtype=torch.int64)
-            _prepare(found, loader, transform, recipe, ids, pixels)
-            with _timed(found.stages["collate"]):
-                if mixes(settings.augment) and recipe.model.num_classes:
-                    mix_batch(pixels, labels, ids, settings.augment, seed=recipe.seed,
-                              num_classes=recipe.model.num_classes, repeats=repeats)
+            places = loader.order.place(np.arange(number * micro, (number + 1) * micro, dtype=np.int64))
+            pixels = _prepare(found, work, places_table(places))
             if kind == "cuda":
                 waiting = pixels.pin_memory() if settings.pin_memory else pixels
                 with _timed(found.stages["transfer"]):
@@ -157,45 +151,38 @@ def _stages(recipe: Recipe, loader: TrainLoader, micro: int, batches: int, need:
     return found
 
 
-def _prepare(found: Bench, loader: TrainLoader, transform: Any, recipe: Recipe, ids: np.ndarray, pixels: Any) -> None:
-    """Fetch, decode and augment one micro-batch, stage by stage."""
-    settings, repeats = loader.settings, loader.settings.repeats
-    places = loader.order.place(ids[::repeats])
+def _prepare(found: Bench, work: TrainBatches, places: np.ndarray) -> torch.Tensor:
+    """One micro-batch by the steps of `TrainBatches.__call__`, each on its clock; returns its pixels."""
+    ids, moved = places[:, 0], []
+    groups = work.groups(ids)
+    xs = [ids[slots].tolist() for slots in groups]
+    with _timed(found.stages["collate"]):
+        batch = work.begin(ids)
     with _timed(found.stages["fetch"]):
-        refs = [loader.sources[source].index.sample(shard, index) for source, shard, index in
-                zip(places.source.tolist(), places.shard.tolist(), places.index.tolist())]
-        wanted = [{*media_members(list(ref.members)), label_member(loader.sources[source].index.label)} & set(ref.members)
-                  for ref, source in zip(refs, places.source.tolist())]
-        requests = [(ref.url, *ref.members[kind]) for ref, kinds in zip(refs, wanted) for kind in sorted(kinds)]
-        read = iter(loader.samples.reader.read_many(requests))
-        content = [{kind: next(read) for kind in sorted(kinds)} for kinds in wanted]
+        raws = list(work.fetch([places[slots[0]].tolist() for slots in groups], xs))
     found.samples += len(ids)
-    found.sample_bytes += sum(size for _, _, size in requests)
-    for first in range(0, len(ids), repeats):
+    found.sample_bytes += sum(len(data) for raw in raws for data in raw.members.values())
+    for slots, mine, raw in zip(groups, xs, raws):
         try:
             with _timed(found.stages["decode"]):
-                media = open_media(content[first // repeats], settings)
-                clips = [draw_clip(media.frames, media.times, settings.clip, generator(sample_seed(recipe.seed, x)))
-                         for x in ids[first:first + repeats].tolist()]
-                union, back = np.unique(np.concatenate(clips), return_inverse=True)
-                images = media.read(union.tolist())
-                media.close()
-            for slot, clip in enumerate(back.reshape(len(clips), -1), first):
-                with _timed(found.stages["augment"]):
-                    image = images[clip] if settings.clip.frames > 1 else images[int(clip[0])]
-                    done = transform(image, sample_seed(recipe.seed, int(ids[slot])))
-                with _timed(found.stages["collate"]):
-                    pixels[slot] = done
+                sample = work.decode(raw, mine)
+            with _timed(found.stages["augment"]):
+                moved += work.augment(sample, mine, batch, slots)
         except BadSample:
-            found.bad += repeats
+            found.bad += len(slots)
+    with _timed(found.stages["collate"]):
+        work.finish(batch, moved)
+    return batch["pixels"]
 
 
 @contextmanager
 def _timed(stage: Stage) -> Iterator[None]:
     wall, cpu = time.perf_counter(), time.process_time()
-    yield
-    stage.cpu += time.process_time() - cpu
-    stage.wall += time.perf_counter() - wall
+    try:
+        yield
+    finally:
+        stage.cpu += time.process_time() - cpu
+        stage.wall += time.perf_counter() - wall
 
 
 def _whole(found: Bench, loader: TrainLoader, micro: int, batches: int) -> None:

@@ -87,7 +87,7 @@ class EvalLoader:
         valid = torch.zeros(count, dtype=torch.bool)
         bad = []
         mine = numbers[numbers >= 0].tolist()  # padding stands at the end
-        raws = self.samples.fetch((0, *self._place(number)) for number in mine)
+        raws = self.samples.fetch(((0, *self._place(number)) for number in mine), self._choose)
         for slot, (number, raw) in enumerate(zip(mine, raws)):
             working_on(number)
             try:
@@ -105,12 +105,15 @@ class EvalLoader:
 
     def _clips(self, raw: Raw) -> list[np.ndarray]:
         """The clips of one sample, uint8 [T, H, W, 3], or [H, W, 3] when a clip has one frame."""
-        media, settings = self.samples.media(raw), self.data.clip
+        media = self.samples.media(raw)
         try:
-            clips = cut_clips(media, list(test_clips(media.frames, media.times, settings)))
+            clips = cut_clips(media, self._choose(0, media.frames, media.times))
         finally:
             media.close()
-        return [clip[0] for clip in clips] if settings.frames == 1 else clips
+        return [clip[0] for clip in clips] if self.data.clip.frames == 1 else clips
+
+    def _choose(self, _: int, frames: int, times: np.ndarray) -> list[np.ndarray]:
+        return list(test_clips(frames, times, self.data.clip))
 
     def _describe(self, number: int) -> str:
         found = self.samples.sources[0].describe(*self._place(number))

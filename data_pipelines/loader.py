@@ -18,7 +18,7 @@ import numpy as np
 
 from data_pipelines.ahead import Ahead, start_ahead
 from data_pipelines.augment import TrainTransform
-from data_pipelines.batches import Batch, TrainBatches
+from data_pipelines.batches import Batch, TrainBatches, places_table
 from data_pipelines.decode import decoder_version, require_decoder
 from data_pipelines.ledger import Ledger
 from data_pipelines.mix import check_mixing, in_pairs
@@ -106,14 +106,16 @@ class TrainLoader:
         return self._running
 
     def consume(self, batch: Batch) -> None:
-        """A finished step has consumed this micro-batch: its bad samples are counted now."""
+        """A finished step has consumed this micro-batch: its bad samples are counted now, and the fetcher goes on."""
+        if self._ahead is not None:  # at each step, not when it is logged: the fetcher would stand still in between
+            after = int(batch["ids"][-1]) + 1
+            share = self.global_batch_size // self.world.size
+            self._ahead.consumed(after - (self.world.rank + 1) * share + self.global_batch_size)
         self.ledger.add(batch.get("bad", ()))
 
     def audit(self, seen: int) -> dict[str, float]:
         """Scalars of the data: bad samples over all ranks, and epochs and samples per source of a mixture. Writes the
         ledger; raises `DataError` on all ranks alike when too many samples were bad. All ranks call it."""
-        if self._ahead is not None:
-            self._ahead.consumed(seen)
         values = self.ledger.audit(seen)
         if len(self.sources) > 1:
             values |= {f"data/epoch/{name}": epochs for name, epochs in self.order.epochs(seen).items()}
@@ -144,8 +146,7 @@ class TrainLoader:
         share = self.global_batch_size // self.world.size
         while True:
             first = seen + self.world.rank * share
-            places = self.order.place(np.arange(first, first + share, dtype=np.int64))
-            table = np.stack([places.x, places.source, places.epoch, places.shard, places.index], axis=1)
+            table = places_table(self.order.place(np.arange(first, first + share, dtype=np.int64)))
             for start in range(0, share, self.micro_batch_size):
                 yield table[start:start + self.micro_batch_size]
             seen += self.global_batch_size

@@ -72,13 +72,12 @@ class Still:
 
 
 class NumberedPictures:
-    """Pictures that are the frames of a video; only those that are asked for are decoded."""
+    """Pictures that are the frames of a video; only those that are asked for are decoded, and only these need bytes."""
 
     def __init__(self, members: Mapping[str, bytes], settings: DataSettings):
         names = sorted(members)
-        numbers = np.array([int(name.partition(".")[0]) for name in names], dtype=np.float64)
         self.pictures, self.settings = [members[name] for name in names], settings
-        self.frames, self.times = len(names), numbers - numbers[0]
+        self.frames, self.times = len(names), numbered_times(names)
 
     def read(self, indices: Sequence[int]) -> np.ndarray:
         """See `Media.read`. A picture that does not decode is replaced as a video's frame (`fill_gaps`)."""
@@ -115,6 +114,12 @@ def numbered_members(kinds: Iterable[str]) -> list[str]:
     found = [(name, match) for name in kinds if (match := NUMBERED.fullmatch(name))]
     forms = {(len(match[1]), match[2]) for _, match in found}
     return sorted(name for name, _ in found) if len(forms) == 1 else []
+
+
+def numbered_times(names: Sequence[str]) -> np.ndarray:
+    """float64 [frames]: when numbered pictures (in order) are shown, by their names alone."""
+    numbers = np.array([int(name.partition(".")[0]) for name in names], dtype=np.float64)
+    return numbers - numbers[0]
 
 
 def media_members(kinds: Sequence[str]) -> list[str]:

@@ -17,7 +17,6 @@ import numpy as np
 
 from data_pipelines.decode import BadSample
 from data_pipelines.loader import TrainLoader
-from data_pipelines.media import media_members, open_media
 from data_pipelines.mix import in_pairs, mixes
 from data_pipelines.recipe import Recipe
 from tubelet.batching import micro_batch_multiple
@@ -106,11 +105,10 @@ def _frames(pixels: np.ndarray) -> list[np.ndarray]:
 
 def _original(loader: TrainLoader, places: Any, slot: int, height: int) -> list[np.ndarray]:
     """The sample as it is in the shard, of a video its middle frame; a grey box when it does not decode."""
-    ref = loader.sources[int(places.source[slot])].index.sample(int(places.shard[slot]), int(places.index[slot]))
-    kinds = media_members(list(ref.members))
+    place = int(places.source[slot]), int(places.shard[slot]), int(places.index[slot])
     try:
-        content = loader.samples.reader.read_members(ref.url, {kind: ref.members[kind] for kind in kinds})
-        media = open_media(content, loader.settings)
+        raw = next(loader.samples.fetch([place], lambda _, frames, times: [np.array([frames // 2])]))
+        media = loader.samples.media(raw)
         try:
             return [_fit(media.read([media.frames // 2])[0], height)]
         finally:

@@ -6,8 +6,9 @@ side, and decoded one sample after the other.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ from data_pipelines.clips import draw_clip
 from data_pipelines.decode import BadSample, check_label, label_member, read_class_map, read_label
 from data_pipelines.draws import generator
 from data_pipelines.index import open_source, stamps_of, storage_of
-from data_pipelines.media import VIDEOS, Media, Reduce, media_members, open_media
+from data_pipelines.media import NUMBERED, VIDEOS, Media, Reduce, media_members, numbered_times, open_media
 from data_pipelines.reader import Reader
 from data_pipelines.settings import ClipSettings, DataSettings, SourceSettings
 from data_pipelines.token_labels import read_token_map
@@ -32,6 +33,8 @@ AT_ONCE, BYTES_AT_ONCE = 64, 64 * 2**20  # samples and bytes that are asked for 
 
 Place = tuple[int, int, int]
 """(source, shard, index)."""
+Choose = Callable[[int, int, np.ndarray], Sequence[np.ndarray]]
+"""(place's running number, frames, times) -> the frames of each clip that will be cut."""
 
 
 @dataclass
@@ -60,7 +63,7 @@ class Raw:
     url: str
     members: dict[str, bytes] = field(default_factory=dict)
     media: list[str] = field(default_factory=list)
-    """Those of the members that hold the picture or video."""
+    """Names of what holds the picture or video. Of numbered pictures some may not be among `members`: nobody wants them."""
     problem: str | None = None
     """Why it is a bad sample, when a member that is needed is not there."""
 
@@ -87,12 +90,13 @@ class Samples:
         self.reader = Reader(settings.io_timeout_seconds, storage=storage_of(indexes),
                              cache=open_cache(settings.cache, stamps_of(indexes)), connections=settings.cache.connections)
 
-    def fetch(self, places: Iterable[Place]) -> Iterator[Raw]:
-        """The bytes of samples, in order. Raises `DataError` for storage that fails."""
+    def fetch(self, places: Iterable[Place], choose: Choose) -> Iterator[Raw]:
+        """The bytes of samples, in order; of numbered pictures, which tell their times by their names, only those that
+        `choose` wants. Raises `DataError` for storage that fails."""
         waiting: list[tuple[Raw, SampleRef]] = []
         size = 0
-        for source, shard, index in places:
-            raw, ref = self._wanted(source, shard, index)
+        for number, place in enumerate(places):
+            raw, ref = self._wanted(place, partial(choose, number))
             waiting.append((raw, ref))
             size += sum(ref.members[kind][1] for kind in raw.members)
             if len(waiting) == AT_ONCE or size >= BYTES_AT_ONCE:
@@ -100,7 +104,8 @@ class Samples:
                 waiting, size = [], 0
         yield from self._read(waiting)
 
-    def _wanted(self, source: int, shard: int, index: int) -> tuple[Raw, SampleRef]:
+    def _wanted(self, place: Place, choose: Callable[[int, np.ndarray], Sequence[np.ndarray]]) -> tuple[Raw, SampleRef]:
+        source, shard, index = place
         mine = self.sources[source]
         ref = mine.index.sample(shard, index)
         raw = Raw(source, ref.key, ref.url, media=media_members(list(ref.members)))
@@ -112,8 +117,16 @@ class Samples:
         for what, kind in needed.items():
             if kind not in ref.members and not raw.problem:
                 raw.problem = f"no `{kind}` member for {what} (it has {', '.join(ref.members)})"
-        if not raw.problem:
-            raw.members = dict.fromkeys([*raw.media, *needed.values()], b"")
+        if raw.problem:
+            return raw, ref
+        media = raw.media
+        if NUMBERED.fullmatch(media[0]):
+            try:
+                media = [media[i] for i in np.unique(np.concatenate(choose(len(media), numbered_times(media))))]
+            except BadSample as error:  # too short
+                raw.problem = str(error)
+                return raw, ref
+        raw.members = dict.fromkeys([*media, *needed.values()], b"")
         return raw, ref
 
     def _read(self, waiting: list[tuple[Raw, SampleRef]]) -> Iterator[Raw]:
@@ -140,7 +153,7 @@ class Samples:
         `open_media`) counts only under `data.reduced_decode`."""
         if raw.problem:
             raise BadSample(raw.problem)
-        members = {kind: raw.members[kind] for kind in raw.media}
+        members = {kind: raw.members.get(kind, b"") for kind in raw.media}
         return open_media(members, self.settings, reduce if self.settings.reduced_decode else None)
 
     def token_map(self, raw: Raw) -> np.ndarray | None:
@@ -157,6 +170,11 @@ def cut_clips(media: Media, chosen: Sequence[np.ndarray]) -> list[np.ndarray]:
     return [frames[mine] for mine in np.split(inverse, ends)]
 
 
+def draw_clips(frames: int, times: np.ndarray, settings: ClipSettings, seeds: Sequence[int]) -> list[np.ndarray]:
+    """int64 [T] for each seed: frames of a training clip."""
+    return [draw_clip(frames, times, settings, generator(seed)) for seed in seeds]
+
+
 def training_clips(media: Media, settings: ClipSettings, seeds: Sequence[int]) -> list[np.ndarray]:
     """One clip for each seed: uint8 [T, H, W, 3], or [H, W, 3] when a clip has one frame.
 
@@ -165,5 +183,5 @@ def training_clips(media: Media, settings: ClipSettings, seeds: Sequence[int]) -
     if media.frames == 1 and settings.frames == 1:  # a picture for an image model: nothing to draw, nothing to copy
         image = media.read([0])[0]
         return [image] * len(seeds)
-    clips = cut_clips(media, [draw_clip(media.frames, media.times, settings, generator(seed)) for seed in seeds])
+    clips = cut_clips(media, draw_clips(media.frames, media.times, settings, seeds))
     return [clip[0] for clip in clips] if settings.frames == 1 else clips

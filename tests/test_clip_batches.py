@@ -10,17 +10,19 @@ import numpy as np
 import pytest
 import torch
 from little_shards import image_bytes, write_tar
-from little_videos import make_video, number_in
+from little_videos import make_video, number_in, numbered
+from PIL import Image
 from programs import digests, losses, run
 from test_loader import CLASSES, LANES, SEED, SIZE, G, Reference, global_batches, same, settings
 
 from data_pipelines.augment import TrainTransform, generator, sample_seed
 from data_pipelines.evaluation import EvalLoader
 from data_pipelines.mix import draw_mix
+from data_pipelines.reader import Reader
 from data_pipelines.settings import ClipSettings, DataSettings, SourceSettings
 from pretrain.settings import PretrainSettings
 from tubelet.dist import World
-from tubelet.errors import ConfigError, RunError
+from tubelet.errors import ConfigError, DataError, RunError
 from tubelet.objectives.classification import Classification
 from tubelet.objectives.settings import ObjectiveSettings
 from tubelet.program.train import check_clips
@@ -49,11 +51,15 @@ def folder(tmp_path_factory):
 
 def all_frames(data):
     if data.startswith(b"\xff\xd8"):
-        from PIL import Image
-
         return [np.array(Image.open(io.BytesIO(data)).convert("RGB"))]
     with av.open(io.BytesIO(data)) as file:
         return [frame.to_ndarray(format="rgb24") for frame in sorted(file.decode(video=0), key=lambda frame: frame.pts)]
+
+
+def jpeg(image):
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=95)
+    return buffer.getvalue()
 
 
 def window(count, x):
@@ -102,6 +108,28 @@ def test_the_frames_of_a_clip_are_the_ones_that_its_video_carries_there(tmp_path
         assert numbers == window(60, x)
         starts.add(numbers[0])
     assert len(starts) > 10
+
+
+def test_of_numbered_pictures_only_the_frames_of_the_clips_are_read(tmp_path, monkeypatch):
+    pictures = [jpeg(numbered(n)) for n in range(60)]
+    members = [(f"v.{100 + 2 * n:04d}.jpg", data) for n, data in enumerate(pictures)]  # every second number is missing
+    write_tar(tmp_path / "s" / "a.tar", [*members, ("v.cls", b"1")])
+    read, asked = Reader.read_many, []
+    monkeypatch.setattr(Reader, "read_many", lambda self, requests: asked.append(requests) or read(self, requests))
+    data = settings({"main": tmp_path / "s"}, clip=CLIP, repeats=2, augment={"crop": "none", "hflip": 0})
+    (ids, pixels, _), = global_batches(data, 0, 1, img_size=(48, 80))[0]
+    wanted = [window(60, x) for x in ids]
+    assert [[number_in(frame.transpose(1, 2, 0)) for frame in clip.transpose(1, 0, 2, 3)] for clip in pixels] == wanted
+    distinct = [{*a, *b} for a, b in zip(wanted[::2], wanted[1::2])]  # of both repeats, each once; and the label
+    assert sum(map(len, asked)) == sum(map(len, distinct)) + len(distinct)
+    assert sum(size for requests in asked for _, _, size in requests) == sum(
+        len(pictures[i]) for chosen in distinct for i in chosen) + len(distinct)
+    asked.clear()
+    (batch,) = evaluated(tmp_path / "s", ClipSettings(frames=T, stride=2, unit="seconds", test_clips=2), batch_size=2)
+    assert batch["valid"].all() and sum(map(len, asked)) <= 2 * T + 1  # a second a number: between two the earlier one
+    short = settings({"main": tmp_path / "s"}, clip={**CLIP, "stride": 30, "short": "refuse"})
+    with pytest.raises(DataError, match="60 frames are shorter than a clip of 91 frames"):
+        global_batches(short, 0, 1)
 
 
 def test_mixed_clips_mix_all_frames_with_one_box_and_a_video_gives_pictures_to_image_models(folder):

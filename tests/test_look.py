@@ -12,6 +12,7 @@ from little_shards import read_shards, write_shards
 from PIL import Image
 
 from data_pipelines import bench as bench_room
+from data_pipelines import samples
 from data_pipelines.augment import TrainTransform, sample_seed
 from data_pipelines.decode import decode_image
 from data_pipelines.index import ShardInfo, SourceIndex, open_source
@@ -111,9 +112,9 @@ def test_bench_finds_the_stage_that_was_slowed(tmp_path, monkeypatch, capsys):
     folder = write_shards(tmp_path / "set", [12, 12])
     words = [str(folder), "global_batch_size=8", "model.img_size=24", "data.workers=0"]
     recipe = read_recipe(parse_target(words))
-    real = bench_room.open_media
+    real = samples.open_media
     with monkeypatch.context() as patch:
-        patch.setattr(bench_room, "open_media", lambda *args: burn(0.02) or real(*args))
+        patch.setattr(samples, "open_media", lambda *args: burn(0.02) or real(*args))
         slow = bench_room.bench(recipe, batches=2, need=100.0)
     assert slow.slowest == "decode" and slow.samples == 16 and slow.bad == 0
     assert 20 <= slow.cpu_ms("decode") < 28 and 33 < slow.per_core < 50
