@@ -24,7 +24,8 @@ def originals(cache: Path) -> list[Path]:
         for package in folder.glob("*.deb"):
             subprocess.run(["dpkg-deb", "-x", str(package), str(folder)], check=True)
         (folder / "done").touch()
-    found = sorted(path for path in folder.rglob("*.jpg") if not path.is_symlink() and path.stat().st_size > 300_000)
+    photographs = sorted(path for path in folder.rglob("nature/*.jpg") if not path.is_symlink())  # the rest is drawn
+    found = [path for path in photographs if "_" not in path.stem]  # one size of each
     if not found:
         raise SystemExit(f"{folder} holds no photographs; remove it and try again")
     return found
@@ -33,7 +34,7 @@ def originals(cache: Path) -> list[Path]:
 def photo_set(cache: Path, count: int, size: tuple[int, int] = (500, 375), quality: int = 90, classes: int = 10) -> Path:
     """`count` JPEG tiles of about `size` (width, height) from the photographs: folders 0 ... classes - 1 under one folder.
 
-    A tile is a random crop at half to whole height, resized with antialiasing; nothing is flipped or coloured.
+    A tile is a random crop at 0.8 to 1 of the height, resized with antialiasing; nothing is flipped or coloured.
     """
     folder = cache / f"photos-{count}-{size[0]}x{size[1]}-q{quality}"
     if (folder / "done").exists():
@@ -43,7 +44,7 @@ def photo_set(cache: Path, count: int, size: tuple[int, int] = (500, 375), quali
         if number % 50 == 0 or number < len(paths):
             picture = Image.open(paths[number % len(paths)]).convert("RGB")
         width, height = picture.size
-        rows = int(min(height, width * size[1] / size[0]) * rng.uniform(0.5, 1.0))
+        rows = int(min(height, width * size[1] / size[0]) * rng.uniform(0.8, 1.0))
         cols = int(rows * size[0] / size[1])
         left, top = rng.randint(0, width - cols + 1), rng.randint(0, height - rows + 1)
         # every third one stands upright or has another aspect, as in ImageNet
