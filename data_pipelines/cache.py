@@ -25,8 +25,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipelines.remote import Storage, persist, read_range
+from data_pipelines.remote import Storage, read_range
 from data_pipelines.settings import CacheSettings
+from data_pipelines.trouble import persist
 from tubelet.errors import DataError
 from tubelet.files import human_bytes
 from tubelet.redact import identity
@@ -141,7 +142,8 @@ class Cache:
                 path.unlink(missing_ok=True)
                 return None
             if abs(time.time() - state.st_mtime) > _TOUCH_SECONDS:
-                os.utime(handle)
+                with suppress(OSError):  # of another user's piece it may not be noted
+                    os.utime(handle)
             data = os.pread(handle, size, offset - bounds[0])
             return data if len(data) == size else None
         except OSError:

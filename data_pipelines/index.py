@@ -26,7 +26,7 @@ import numpy as np
 
 from data_pipelines.indexing import cached_folder, index_command, write_index
 from data_pipelines.once import build_once, cache_folder
-from data_pipelines.remote import Stat, Storage, persist, read_file, stat
+from data_pipelines.remote import Stat, Storage, read_file, stat
 from data_pipelines.scan import SampleRef, ShardTable, read_idx
 from data_pipelines.settings import SourceSettings
 from data_pipelines.shards import (
@@ -40,6 +40,7 @@ from data_pipelines.shards import (
     read_index_json,
     resolve_shards,
 )
+from data_pipelines.trouble import persist
 from tubelet.dist import World
 from tubelet.errors import DataError, Problems
 

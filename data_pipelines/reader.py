@@ -17,8 +17,9 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from data_pipelines.remote import Storage, filesystem, persist, read_range
+from data_pipelines.remote import Storage, filesystem, read_range
 from data_pipelines.shards import folder_of
+from data_pipelines.trouble import persist
 
 if TYPE_CHECKING:
     from data_pipelines.cache import Cache

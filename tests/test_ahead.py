@@ -4,9 +4,11 @@ import multiprocessing
 import os
 import signal
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from little_shards import write_shards
 from servers import nginx
 
@@ -15,6 +17,7 @@ from data_pipelines.ahead import Fetcher, Plan, start_ahead
 from data_pipelines.cache import Cache, open_cache
 from data_pipelines.index import open_source, stamps_of, storage_of
 from data_pipelines.indexing import build_index
+from data_pipelines.loader import TrainLoader
 from data_pipelines.order import Order, OrderSource, Window
 from data_pipelines.reader import Reader
 from data_pipelines.samples import Source
@@ -243,3 +246,20 @@ def test_the_fetcher_outlives_signals_to_the_group_and_not_its_parent(web, tmp_p
     while os.path.exists(f"/proc/{fetcher}") and "Z" not in open(f"/proc/{fetcher}/stat").read().split(")")[1][:3]:
         assert time.monotonic() < deadline, "the fetcher did not leave"
         time.sleep(0.05)
+
+
+def test_the_fetcher_is_told_of_every_step_and_never_of_what_is_not_consumed(web, tmp_path):
+    """Not at log steps only: between them it would stand still, `data.cache.ahead` batches after the last one."""
+    source = SourceSettings(name="main", shards=f"{web.url}/shard-{{0000..0005}}.tar")
+    settings = DataSettings(train=[source], index_dir=str(tmp_path / "index"), workers=0)
+    for rank, ranks, m in ((0, 1, 4), (0, 2, 2), (2, 4, 1), (0, 2, 4)):
+        told = []
+        loader = TrainLoader(settings, seed=7, img_size=16, num_classes=7, global_batch_size=G, micro_batch_size=m,
+                             world=World(rank, ranks, 0, 2))
+        loader._ahead = SimpleNamespace(consumed=told.append, close=lambda: None)
+        for seen in (24, 24 + G):
+            for first in range(seen + rank * G // ranks, seen + (rank + 1) * G // ranks, m):
+                loader.consume({"ids": torch.arange(first, first + m), "bad": []})
+                assert seen <= told[-1] <= seen + G
+            assert told[-1] == seen + G and told == sorted(told)
+        loader.close()

@@ -11,7 +11,7 @@ import pytest
 from servers import nginx, proxy
 
 from data_pipelines import cache as cache_module
-from data_pipelines import remote
+from data_pipelines import remote, trouble
 from data_pipelines.cache import Cache, DiskError, NoRoom, open_cache
 from data_pipelines.reader import Reader
 from data_pipelines.settings import CacheSettings
@@ -23,7 +23,7 @@ MANY = 10**9
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(remote, "_clients", remote._Clients())
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.005)
+    monkeypatch.setattr(trouble, "_FIRST_PAUSE", 0.005)
 
 
 @pytest.fixture(scope="module")

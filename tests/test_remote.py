@@ -9,10 +9,11 @@ import time
 import numpy as np
 import pytest
 from little_shards import write_shards
+from programs import recipe, run
 from servers import hub, nginx, proxy, s3
 from test_loader import global_batches, settings
 
-from data_pipelines import remote
+from data_pipelines import remote, trouble
 from data_pipelines.index import open_source, storage_of
 from data_pipelines.indexing import build_index
 from data_pipelines.reader import Reader
@@ -30,7 +31,7 @@ CONTENT = np.random.RandomState(0).bytes(1_500_000)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setattr(remote, "_clients", remote._Clients())
-    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.005)
+    monkeypatch.setattr(trouble, "_FIRST_PAUSE", 0.005)
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +202,7 @@ def test_gs_goes_the_same_way_without_hidden_retries(monkeypatch):
         assert stat("gs://bucket/a.tar").size == len(CONTENT)
     store.rm("/bucket", recursive=True)
     for code, final in ((403, True), (404, True), (503, False), (429, False)):
-        assert remote.trouble(HttpError({"code": code, "message": "no"}), "gs://bucket/a.tar").final == final
+        assert trouble.trouble(HttpError({"code": code, "message": "no"}), "gs://bucket/a.tar").final == final
 
 
 def test_a_client_made_before_a_fork_is_not_used_after_it(web):
@@ -260,3 +261,16 @@ def test_secrets_in_settings_are_refused_and_where_they_belong_is_said():
     for storage in ({"anon": True}, {"endpoint_url": "https://host:9000"}, {"token": "anon"}, {"token": "/a/key.json"},
                     {"client_kwargs": {"region_name": "eu-west-1"}}):
         assert SourceSettings(shards="s3://b/a.tar", storage=storage).storage == storage
+
+
+def test_a_run_on_signed_urls_saves_and_prints_no_signature(web, tmp_path):
+    """Settings are printed at the start and kept with each attempt and checkpoint, which colleagues read."""
+    config, folder = recipe(tmp_path, steps=2, save_every=1)
+    word = f"w{os.getpid()}rd{time.time_ns()}"  # made here: attempts keep the diff of this file too
+    signed = f"http://me:{word}@127.0.0.1:{web.port}/set/shard-{{0000..0001}}.tar"
+    said = run("pretrain", config, f"data.train={signed}", "data.val=[]", "global_batch_size=8", "data.workers=0")
+    said += run("pretrain", config, f"data.train={signed}", "data.val=[]", "global_batch_size=8", "data.workers=0",
+                "total_steps=3")
+    assert "***@127.0.0.1" in said and "resume" in said and word not in said
+    holders = [path for path in folder.rglob("*") if path.is_file() and word.encode() in path.read_bytes()]
+    assert not holders and list(folder.glob("step-*3/manifest.json"))

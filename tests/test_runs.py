@@ -134,3 +134,29 @@ def test_fixed_settings_are_refused_together_and_recorded_ones_returned():
     assert "init.from_run" in caught.value.hint
     changed = check_changes(Small, old, Small(lr=2, log_every=5).model_dump(mode="json"), "runs/r")
     assert [str(item) for item in changed] == ["lr: 1.0 -> 2.0"]
+
+
+def test_a_checkpoint_of_an_earlier_version_resumes_with_settings_it_does_not_know():
+    """Each new setting counts as its default then; what is not the default is a change as ever."""
+    from pretrain.settings import PretrainSettings
+
+    given = {"run": {"name": "r"}, "model": {"name": "vit_tiny_patch16_224"}, "total_steps": 3, "global_batch_size": 8,
+             "optimizer": {"name": "adamw", "lr": 1e-3},
+             "data": {"train": [{"name": "a", "shards": "a.tar"}]}}
+    now = PretrainSettings(**given).model_dump(mode="json")
+    old = json.loads(json.dumps(now))
+    for name in ("clip", "cache", "token_labels", "reduced_decode", "video_decoder", "worker_timeout_seconds"):
+        del old["data"][name]
+    for name in ("short_side", "crop_last", "color_jitter", "erasing", "erasing_mode", "erasing_count", "mixtoken_alpha"):
+        del old["data"]["augment"][name]
+    del old["data"]["train"][0]["storage"], old["init"]["inflate"], old["objective"]["average"]
+    assert check_changes(PretrainSettings, old, now, "runs/r") == []
+    now["data"]["augment"]["erasing"], now["data"]["clip"]["frames"] = 0.25, 8
+    with pytest.raises(RunError, match="1 fixed setting changed.\n    data.clip.frames: checkpoint 1, now 8"):
+        check_changes(PretrainSettings, old, now, "runs/r")
+    now["data"]["clip"]["frames"] = 1
+    (changed,) = check_changes(PretrainSettings, old, now, "runs/r")
+    assert str(changed) == "data.augment.erasing: 0.0 -> 0.25"
+    now["data"]["train"].append({"name": "b", "shards": "b.tar", "weight": 1.0, "label": "cls", "class_map": None})
+    with pytest.raises(RunError, match="data.train.1.weight: checkpoint None, now 1.0"):  # a new source is no new setting
+        check_changes(PretrainSettings, old, now, "runs/r")

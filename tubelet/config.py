@@ -23,6 +23,7 @@ from typing import Any, Generic, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
 
 from tubelet.errors import ConfigError, Problems, nearest
 
@@ -221,8 +222,17 @@ class Difference:
 
 
 def differences(cls: type[Settings], old: dict, new: dict) -> list[Difference]:
-    """Every key whose value differs between two resolved configurations (`model_dump(mode="json")`)."""
+    """Every key whose value differs between two resolved configurations (`model_dump(mode="json")`).
+
+    `old` may be of an earlier version: a setting that it does not know yet had what is the default now.
+    """
     a, b = flatten(old), flatten(new)
+    fields = dict(known_fields(cls))
+    for key in b.keys() - a.keys():
+        item = re.match(r".*\.\d+\.", key)  # an entry of a list that was not there is no new setting of one that was
+        info = fields.get(".".join(part for part in key.split(".") if not part.isdigit()))
+        if info and not info.is_required() and (item is None or any(known.startswith(item[0]) for known in a)):
+            a[key] = to_jsonable_python(info.get_default(call_default_factory=True))
     return [Difference(key, a.get(key), b.get(key), resume_class(cls, key))
             for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
 

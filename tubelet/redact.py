@@ -40,6 +40,15 @@ def redact(text: object) -> str:
     return found
 
 
+def redacted(value: Any) -> Any:
+    """Nested mappings and lists with every string in them redacted."""
+    if isinstance(value, Mapping):
+        return {key: redacted(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [redacted(item) for item in value]
+    return redact(value) if isinstance(value, str) else value
+
+
 def identity(url: str) -> str:
     """A URL without what is allowed to change from job to job: user name, password and signing parameters."""
     if "://" not in url:

@@ -27,6 +27,7 @@ from typing import Any
 from tubelet import files
 from tubelet.config import Difference, Settings, differences, free
 from tubelet.errors import RunError, SupersededError
+from tubelet.redact import redacted
 
 
 class RunSettings(Settings):
@@ -135,7 +136,7 @@ class Run:
         (self.folder / "logs").mkdir(exist_ok=True)
         number = attempts[-1].number + 1 if attempts else 1
         attempt = Attempt(number, socket.gethostname(), os.getpid(), _pid_started(os.getpid()), job, restarts, world_size,
-                          time.time(), getpass.getuser(), sys.argv, _git("rev-parse", "HEAD").strip())
+                          time.time(), getpass.getuser(), redacted(sys.argv), _git("rev-parse", "HEAD").strip())
         stem = self.folder / "attempts" / f"{number:04d}"
         if not files.create_exclusive(stem.with_suffix(".json"), json.dumps(asdict(attempt), indent=1)):
             raise RunError(f"Another job started on {self.folder} at the same moment (attempt {number:04d}).",

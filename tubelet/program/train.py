@@ -29,6 +29,7 @@ from tubelet.models.cost import flops_per_sample_training, input_shape
 from tubelet.objectives.classification import Classification
 from tubelet.program.settings import P, ProgramSettings, micro_batch_of
 from tubelet.program.weights import begin_from_weights
+from tubelet.redact import redact, redacted
 from tubelet.runs import Run, check_changes
 
 
@@ -36,18 +37,19 @@ def train(loaded: Loaded[P], world: dist.World) -> dict[str, float]:
     """Train as the settings say; returns the last evaluation. All ranks call it."""
     settings = loaded.settings
     micro_batch_size = check(settings, world)
+    said = redact(loaded.as_yaml())  # URLs of shards may be signed; what is printed and saved is read by others
     run = Run(settings.run)
     device = dist.start(world, settings.timeout_seconds)
     quiet()
     try:
         if settings.deterministic:
             make_deterministic()
-        dist.together(lambda: run.begin(world.size, loaded.as_yaml()) if world.speaks else None)
+        dist.together(lambda: run.begin(world.size, said) if world.speaks else None)
         if world.speaks:
             print(f"# {run.folder}, attempt {run.attempt.number if run.attempt else 0}, {world.size} process(es) on "
                   f"{device.type}, micro batch {micro_batch_size} x "
                   f"{settings.global_batch_size // (micro_batch_size * world.size)} x {world.size} = global batch "
-                  f"{settings.global_batch_size}\n{loaded.as_yaml()}", flush=True)
+                  f"{settings.global_batch_size}\n{said}", flush=True)
         beginning, manifest = decide_beginning(settings, run, micro_batch_size)
         data = build_data(settings, world, micro_batch_size, beginning, manifest, run)
         model = dist.together(lambda: build_model(settings.model, seed=settings.seed))
@@ -67,13 +69,13 @@ def train(loaded: Loaded[P], world: dist.World) -> dict[str, float]:
             settings, run=run, world=world, engine=engine, objective=objective, loader=data.train,
             eval_loaders=data.val, micro_batch_size=micro_batch_size, total_steps=data.total_steps, beginning=beginning,
             flops_per_sample=flops, input_shape=shape,
-            manifest={"config": settings.model_dump(mode="json"), "model_cfg": cfg, "hub_config": hub,
+            manifest={"config": redacted(settings.model_dump(mode="json")), "model_cfg": cfg, "hub_config": hub,
                       "micro_batch_size": micro_batch_size,
                       "data": {"fingerprint": data.train.fingerprint, "recorded": data.train.recorded_state()}})
         return trainer.fit()
     except Exception as error:
         if world.speaks and run.attempt is not None and not hasattr(error, "code"):
-            run.end("failed", getattr(error, "exit_code", 1), error=f"{type(error).__name__}: {error}"[:2000])
+            run.end("failed", getattr(error, "exit_code", 1), error=redact(f"{type(error).__name__}: {error}")[:2000])
         raise
 
 
@@ -87,6 +89,13 @@ def check(settings: ProgramSettings, world: dist.World) -> int:
             micro = action() or micro
         except ConfigError as error:
             problems.items.append(error)
+    data, learns = settings.data, f"`objective.name` {settings.objective.name} learns from one label a sample"
+    if data.token_labels:
+        problems.add(f"`data.token_labels` is {data.token_labels}, but {learns}: the maps would be read for nothing.",
+                     "data.token_labels=null")
+    if data.augment.mixtoken_alpha:
+        problems.add(f"`data.augment.mixtoken_alpha` is {data.augment.mixtoken_alpha:g}, but {learns}, and no tokens would "
+                     "be mixed.", "data.augment.mixtoken_alpha=0, and data.augment.cutmix_alpha=1 to mix pixels")
     problems.raise_if_any()
     return micro
 
@@ -128,7 +137,8 @@ def decide_beginning(settings: ProgramSettings, run: Run, micro_batch_size: int)
     folder, notes = choose(run.folder)
     if folder is not None:
         manifest = read_manifest(folder)
-        changed = check_changes(type(settings), manifest["config"], settings.model_dump(mode="json"), str(run.folder))
+        changed = check_changes(type(settings), manifest["config"], redacted(settings.model_dump(mode="json")),
+                                str(run.folder))
         notes = [*notes, *(f"changed since the checkpoint: {item}" for item in changed)]
         if changed and run.attempt:
             run.event("settings_changed", changes=[str(item) for item in changed])
