@@ -135,7 +135,8 @@ class TrainBatches:
             return sample
         raise DataError(f"Sample {found['key']} of {found['shard']} (source `{found['source']}`) and {SPARES} substitutes "
                         f"of the same source do not decode; reasons: {'; '.join(dict.fromkeys(reasons))}.",
-                        "check `label` of this source and `data.decoder`; `tubelet data verify` on its shards")
+                        "check `label` and `class_map` of this source, and `data.decoder`; `tubelet data verify` on "
+                        "its shards")
 
     def decode(self, raw: Raw, xs: Sequence[int]) -> Sample:
         """Clips for the global sample numbers `xs` (its repeats), and the label. Raises `BadSample`."""

@@ -211,12 +211,8 @@ def label_member(rule: str) -> str:
     return rule.partition(":")[0]
 
 
-def read_label(data: bytes, rule: str, class_map: Mapping[str, int] | None = None) -> int:
-    """Bytes of the label's member -> class number. Raises `BadSample` when they break the rule.
-
-    With a class map the raw label is looked up there; one that it does not list is a `DataError` at once, since the map
-    is then not the map of this data set.
-    """
+def raw_label(data: bytes, rule: str) -> Any:
+    """What stands where the rule points, a number or not. Raises `BadSample` when nothing does."""
     try:
         value: Any = data.decode().strip()
         if rule.startswith("json"):
@@ -227,6 +223,16 @@ def read_label(data: bytes, rule: str, class_map: Mapping[str, int] | None = Non
         raise BadSample(f"label {data[:20]!r} is not text") from None
     except (ValueError, KeyError, IndexError, TypeError) as error:
         raise BadSample(f"no label at `{rule}` ({type(error).__name__}: {str(error)[:80]})") from None
+    return value
+
+
+def read_label(data: bytes, rule: str, class_map: Mapping[str, int] | None = None) -> int:
+    """Bytes of the label's member -> class number. Raises `BadSample` when they break the rule.
+
+    With a class map the raw label is looked up there; one that it does not list is a `DataError` at once, since the map
+    is then not the map of this data set.
+    """
+    value = raw_label(data, rule)
     if class_map is not None:
         if str(value) in class_map:
             return class_map[str(value)]

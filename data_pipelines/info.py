@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from data_pipelines.decode import PICTURES, BadSample, jpeg_header
+from data_pipelines.decode import PICTURES, BadSample, jpeg_header, label_member, read_label
 from data_pipelines.index import SourceIndex, storage_of
 from data_pipelines.labels import NO_LABEL, all_labels
 from data_pipelines.media import media_members, open_media
@@ -54,6 +54,8 @@ class Info:
     unlabelled: int
     order: str
     digest: str
+    why_unlabelled: str = ""
+    """What is wrong with the first label that breaks the rule."""
 
     @property
     def entropy(self) -> float | None:
@@ -82,11 +84,31 @@ def describe(source: Source, *, classes: bool = False, probe: int = 64, index_di
     if labels is not None:
         unlabelled = int((labels == NO_LABEL).sum())
         found = {int(k): int(n) for k, n in zip(*np.unique(labels[labels != NO_LABEL], return_counts=True))}
+    why = _why_unlabelled(source, int(np.argmax(labels == NO_LABEL))) if labels is not None and unlabelled else ""
     order = ("one permutation per epoch" if len(index) <= PLAIN_LIMIT else
              f"lanes, each shuffled in windows of {default_window(index.sample_bytes)} samples")
     return Info(len(index.shards), len(index), index.nbytes, _percentiles(index.counts), _percentiles(np.concatenate(sizes)),
                 dict(members.most_common()), int(index.counts[looked].sum()), _media(index, probe), index.label,
-                index.classes, found, unlabelled, order, index.digest())
+                index.classes, found, unlabelled, order, index.digest(), why)
+
+
+def _why_unlabelled(source: Source, number: int) -> str:
+    """Why sample `number` of a source, in index order, has no class number."""
+    index = source.index
+    ends = np.cumsum(index.counts)
+    shard = int(np.searchsorted(ends, number, side="right"))
+    ref = index.sample(shard, number - int(ends[shard] - index.counts[shard]))
+    member = label_member(index.label)
+    if member not in ref.members:
+        return f"no `{member}` member"
+    reader = Reader(30.0, storage=storage_of([index]))
+    try:
+        read_label(reader.read_members(ref.url, {member: ref.members[member]})[member], index.label, source.class_map)
+    except BadSample as error:
+        return str(error)
+    finally:
+        reader.close()
+    return ""
 
 
 def _percentiles(values: Sequence[float] | np.ndarray) -> list[float]:
@@ -191,4 +213,5 @@ def info_rows(info: Info) -> list[tuple[str, str]]:
              ("order", info.order), ("digest", info.digest)]
     if info.unlabelled:
         rows.append(("without a label", str(info.unlabelled)))
+        rows.append(("such as", f"{info.why_unlabelled} (--label, --class-map)"))
     return rows

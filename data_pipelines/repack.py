@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_pipelines.decode import label_member
+from data_pipelines.decode import label_member, raw_label
 from data_pipelines.indexing import check_label_rule
 from data_pipelines.inputs import Inputs, Members
 from data_pipelines.media import media_members
@@ -76,7 +76,9 @@ def list_tars(source: str, *, label: str | None = None) -> Inputs:
 
     def sample(i: int) -> tuple[str, Members]:
         ref = reference(i)
-        return ref.key.rsplit("/", 1)[-1], dict(_reader(os.getpid()).read_members(ref.url, ref.members))
+        members = dict(_reader(os.getpid()).read_members(ref.url, ref.members))
+        raw_label(members[label_member(rule)], rule)  # it may be a name, for a class map; but something must stand there
+        return ref.key.rsplit("/", 1)[-1], members
 
     def name(i: int) -> str:
         ref = reference(i)

@@ -20,6 +20,8 @@ from data_pipelines.once import cache_folder
 from tubelet.errors import DataError, Problems, nearest
 
 INDEX_NAME = "index.json"
+_NOT_SHARDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".npz", ".yaml", ".yml", ".jpg", ".jpeg",
+               ".png", ".mp4", ".idx")
 
 
 def is_remote(url: str) -> bool:
@@ -96,6 +98,9 @@ def _expand_one(word: str) -> list[str]:
         if base_name(name).endswith((".gz", ".tgz", ".bz2", ".xz", ".zst")):
             raise DataError(f"{name} is compressed, so no sample can be read by its position.",
                             "gunzip it: pictures are compressed already, the .tar is hardly larger")
+        if base_name(name).lower().endswith(_NOT_SHARDS):
+            raise DataError(f"{name} is not a shard (a .tar file).",
+                            "the folder of the .tar files; `tubelet data write` makes shards of lists, pictures and videos")
         if remote and not base_name(name).endswith(".tar"):
             raise DataError(f"{name} does not end in .tar; a folder of another machine cannot be listed.",
                             f"{name.rstrip('/')}/NAME-{{00000..00063}}.tar")

@@ -83,6 +83,9 @@ class Treatment:
                          f"--video-short-side {self.video_short_side + 1}")
         if self.preset not in PRESETS:
             problems.add(f"`--preset` is {self.preset}, must be one of {', '.join(PRESETS)}.", "--preset veryfast")
+        if not self.videos and (self.crf, self.preset) != (Treatment.crf, Treatment.preset):
+            problems.add("`--crf` and `--preset` are for videos that are re-encoded, and these are copied.",
+                         "--video-short-side 320 or --keyframes 32 with them")
         problems.raise_if_any()
 
     def made(self) -> dict[str, Any]:

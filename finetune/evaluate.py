@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from tubelet.console import print_table, run_app
-from tubelet.errors import ConfigError
+from tubelet.errors import ConfigError, Problems
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 
@@ -42,7 +42,7 @@ def evaluate(
     workers: Annotated[int, typer.Option(help="Loader processes.")] = 1,
     label: Annotated[str, typer.Option(help="Where the label is: cls, txt or json:path.")] = "cls",
     crop: Annotated[str | None, typer.Option(help="center or resize; default: as the run evaluated.")] = None,
-    clips: Annotated[int | None, typer.Option(help="Clips of a video; default: as the run evaluated.")] = None,
+    clips: Annotated[int | None, typer.Option(min=1, help="Clips of a video; default: as the run evaluated.")] = None,
     crops: Annotated[int | None, typer.Option(help="Crops of a clip, 1 or 3; default: as the run evaluated.")] = None,
     stride: Annotated[float | None, typer.Option(help="Frames from one of a clip to the next; default: as trained.")] = None,
 ) -> None:
@@ -59,8 +59,16 @@ def evaluate(
     from tubelet.objectives.settings import ObjectiveSettings
     from tubelet.program.weights import describe
 
+    problems = Problems(ConfigError)
     if which not in ("auto", "weights", "ema"):
-        raise ConfigError(f"--which is {which!r}.", "auto, weights or ema")
+        problems.add(f"--which is {which!r}.", "auto, weights or ema")
+    if crop not in (None, "center", "resize"):
+        problems.add(f"--crop is {crop!r}.", "center or resize")
+    if crops not in (None, 1, 3):
+        problems.add(f"--crops is {crops}, must be 1 (centre) or 3 (along the longer side).", "--crops 3")
+    if stride is not None and stride <= 0:
+        problems.add(f"--stride is {stride:g}, must be above 0.", "--stride 4")
+    problems.raise_if_any()
     found = describe(weights, which)  # type: ignore[arg-type]
     settings = found.model.model_copy(update={"img_size": img_size} if img_size else {})
     model = build_model(settings, seed=0)

@@ -165,7 +165,7 @@ def test_shard_names_expand_in_order(tmp_path, monkeypatch):
     assert expand("s3://b/x.tar::gs://b/y.tar::hf://datasets/o/r/z.tar")[2] == "hf://datasets/o/r/z.tar"
     for wrong, said in {"pipe:curl x": "shell command", "x.tar.gz": "compressed", "a{0..2.tar": "braces", "": "empty name",
                         "s4://b/x.tar": "not a protocol", "https://h.org/folder": "cannot be listed",
-                        "x.tar::x.tar": "named twice"}.items():
+                        "x.tar::x.tar": "named twice", "list.csv": "is not a shard", "x.yaml": "is not a shard"}.items():
         with pytest.raises(DataError, match=said):
             expand(wrong)
     with pytest.raises(DataError) as caught:  # all problems at once

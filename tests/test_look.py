@@ -53,6 +53,8 @@ def test_info_agrees_with_tarfile_and_pil(tmp_path, monkeypatch, capsys):
     assert found["members"] == {"cls": 20, "jpg": 16, "png": 4}
     code, out = run(monkeypatch, capsys, "info", folder, "--classes")
     assert code == 0 and "jpg (80.0%)" in out and "4 classes" in out
+    code, out = run(monkeypatch, capsys, "info", folder, "--classes", "--label", "json:a")
+    assert code == 0 and "no `json` member" in out  # not only that labels are lacking: why
 
 
 def test_info_on_a_hundred_thousand_shards_reads_few_indexes(tmp_path, monkeypatch):

@@ -184,6 +184,15 @@ def test_samples_of_tars_without_picture_or_label_are_named(tmp_path):
     assert "link or device" in refused(str(tmp_path / "in"), tmp_path / "other")
 
 
+def test_a_label_rule_that_points_nowhere_is_refused_and_names_may_wait_for_a_class_map(tmp_path):
+    picture = image_bytes(np.random.RandomState(0))
+    write_tar(tmp_path / "in/a.tar", [(f"{i}.{kind}", data) for i in range(3) for kind, data in
+                                      (("jpg", picture), ("json", b'{"meta": {"class": "cat"}}'))])
+    text = refused(str(tmp_path / "in"), tmp_path / "out", label="json:meta.klass")
+    assert text.count("no label at `json:meta.klass`") == 3 and "klass" in text and not (tmp_path / "out").exists()
+    assert write_shards(str(tmp_path / "in"), tmp_path / "out", label="json:meta.class")["num_samples"] == 3
+
+
 def test_what_cannot_be_used_stops_the_work_or_is_listed(tmp_path):
     rng = np.random.RandomState(0)
     for i in range(12):
@@ -246,6 +255,7 @@ def test_pictures_are_made_smaller_only_where_they_are_larger(tmp_path):
     wrong = Treatment(resize=0, quality=101, crf=60, preset="fastest")
     text = refused(str(tmp_path / "in"), tmp_path / "no", treatment=wrong)
     assert all(option in text for option in ("--resize", "--quality", "--crf", "--preset"))
+    assert "are copied" in refused(str(tmp_path / "in"), tmp_path / "no", treatment=Treatment(crf=20))
 
 
 def test_a_large_picture_is_made_smaller_in_its_cosine_transform_without_a_shift():
