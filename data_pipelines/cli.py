@@ -143,7 +143,7 @@ def plan(target: Target,
     recipe = read_recipe(parse_target(target), index_dir)
     if workers is not None:
         recipe.data.workers = workers
-    machine = room.this_machine()
+    machine = room.this_machine(recipe.data.cache.folder)
     machine = replace(machine, cores=cores or machine.cores,
                       shm_bytes=machine.shm_bytes if shm_gb is None else int(shm_gb * 1e9))
     found = room.plan_data(

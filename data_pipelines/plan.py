@@ -13,7 +13,9 @@ import math
 import os
 import shutil
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from data_pipelines.index import SourceIndex, open_source
@@ -48,6 +50,8 @@ class Machine:
     """Free bytes of /dev/shm, through which workers hand over batches."""
     open_files: int | None = None
     """Hard limit of open files per process, to which a run raises its own."""
+    cache_bytes: int | None = None
+    """Bytes that `data.cache.folder` may grow to on its disk: free ones, and those that it holds already."""
 
 
 @dataclass(frozen=True)
@@ -110,8 +114,8 @@ class DataPlan:
         return {**asdict(self), "runs": self.runs}
 
 
-def this_machine() -> Machine:
-    """The machine that this process runs on."""
+def this_machine(cache: str | None = None) -> Machine:
+    """The machine that this process runs on; `cache` is `data.cache.folder`."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     shm = shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else None
     try:
@@ -121,7 +125,20 @@ def this_machine() -> Machine:
         files = None if hard == resource.RLIM_INFINITY else hard
     except ImportError:  # not a POSIX system
         files = None
-    return Machine(cores, shm, files)
+    return Machine(cores, shm, files, _room(Path(cache).expanduser()) if cache else None)
+
+
+def _room(folder: Path) -> int | None:
+    held = 0
+    for path, _, names in os.walk(folder):
+        for name in names:
+            with suppress(OSError):  # a run may be at work in it
+                held += os.lstat(os.path.join(path, name)).st_blocks * 512
+    there = next((parent for parent in (folder, *folder.absolute().parents) if parent.is_dir()), None)
+    try:
+        return shutil.disk_usage(there).free + held if there else None
+    except OSError:
+        return None
 
 
 def plan_data(data: DataSettings, *, nodes: int, gpus_per_node: int, global_batch_size: int,
@@ -161,7 +178,7 @@ def plan_data(data: DataSettings, *, nodes: int, gpus_per_node: int, global_batc
         images_per_s * gpus_per_node * mean / data.repeats if images_per_s else None,
         [n for n in divisors(global_batch_size) if n <= 256 and global_batch_size % (n * gpus_per_node) == 0], advice)
     advice += _about_order(plan, size, data)
-    advice += _about_machine(plan, this_machine() if machine is None else machine, data)
+    advice += _about_machine(plan, this_machine(data.cache.folder) if machine is None else machine, data)
     advice += _about_storage(plan, list(sources), data)
     return plan
 
@@ -245,6 +262,14 @@ def _about_machine(plan: DataPlan, machine: Machine, data: DataSettings) -> list
                             "docker run --shm-size, or a memory emptyDir at /dev/shm"
                             + (f"; or data.workers={fits}" if fits > 0 else "; or a smaller micro batch or data.prefetch=1"),
                             fatal=True))
+    if machine.cache_bytes is not None and data.cache.limit_gb * 1e9 > machine.cache_bytes:
+        fits = math.floor(0.9 * machine.cache_bytes / 1e9)
+        limit = human_bytes(data.cache.limit_gb * 1e9)
+        found.append(Advice(f"`data.cache.limit_gb` {data.cache.limit_gb:g} is {limit}, but the disk of `data.cache.folder` "
+                            f"{data.cache.folder} has room for {human_bytes(machine.cache_bytes)}: it "
+                            "runs full before anything is dropped.",
+                            f"data.cache.limit_gb={fits}, or a folder on a larger disk" if fits else
+                            "a folder on a larger disk"))
     if machine.open_files is not None:
         keeps = max(8, min(machine.open_files // 2, 16_384))  # as the reader does
         needs = sum(source.open_per_rank for source in plan.sources)

@@ -184,6 +184,15 @@ class DataSettings(Settings):
         return value
 
     @model_validator(mode="after")
+    def _workers_outlast_storage(self) -> DataSettings:
+        if self.workers and self.worker_timeout_seconds <= self.io_timeout_seconds:
+            raise ValueError(
+                f"data.worker_timeout_seconds is {self.worker_timeout_seconds:g}, data.io_timeout_seconds "
+                f"{self.io_timeout_seconds:g}: a loader process that still retries a read would count as stalled; the "
+                f"former must be larger, for example data.worker_timeout_seconds={max(1800, 2 * self.io_timeout_seconds):g}")
+        return self
+
+    @model_validator(mode="after")
     def _names_are_unique(self) -> DataSettings:
         for option in ("train", "val"):
             names = [source.name for source in getattr(self, option)]

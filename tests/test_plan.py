@@ -1,6 +1,7 @@
 """`tubelet data plan`: the arithmetic agrees with the order itself, and everything that does not fit is said."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from little_shards import write_shards
 
 from data_pipelines.index import ShardInfo, SourceIndex
 from data_pipelines.order import Order, OrderSource
-from data_pipelines.plan import Machine, plan_data
+from data_pipelines.plan import Machine, plan_data, this_machine
 from data_pipelines.settings import DataSettings
 from tubelet.cli import main as door
 
@@ -89,6 +90,9 @@ def test_everything_that_does_not_fit_is_said_with_what_to_change():
     one(plan(IN21K, Machine(open_files=128), nodes=1), "limit of open files (128)", "keep 64", "ulimit -n 702")
     remote = DataSettings.model_validate({"train": "x", "cache": {"folder": "/c", "limit_gb": 5}})
     one(plan(made(2800, 5000, 100_000, url="s3://b"), data=remote), "cache of a node needs about", "limit_gb` 5")
+    small = DataSettings.model_validate({"train": "x", "cache": {"folder": "/c"}})
+    one(plan(IN21K, Machine(cache_bytes=20 * 10**9), data=small), "`data.cache.limit_gb` 100",
+        "folder` /c has room for 18.6", "data.cache.limit_gb=18")
     one(plan(made(64, 1000, 100_000, url="s3://b"), nodes=1), "without `data.cache.folder`")
     mixture = DataSettings.model_validate({"train": [{"name": "a", "shards": "x"},
                                                      {"name": "b", "shards": "y", "weight": 1e-5}]})
@@ -136,3 +140,20 @@ def test_command_takes_a_recipe_or_shards_and_its_exit_code_says_whether_it_can_
 def test_a_plan_imports_no_torch():
     code = "import sys, data_pipelines.plan, data_pipelines.recipe; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_cache_may_grow_by_what_is_free_and_what_it_holds(tmp_path):
+    (tmp_path / "held").write_bytes(bytes(1 << 20))
+    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
+    found = this_machine(str(tmp_path)).cache_bytes
+    assert abs(found - free - (1 << 20)) < 2**30  # others write to this disk, too
+    assert abs(this_machine(str(tmp_path / "not" / "yet")).cache_bytes - free) < 2**30
+    assert this_machine().cache_bytes is None
+
+
+def test_workers_that_still_retry_a_read_do_not_count_as_stalled():
+    with pytest.raises(ValueError) as caught:
+        DataSettings.model_validate({"train": "x", "io_timeout_seconds": 3600})
+    for word in ("data.worker_timeout_seconds is 1800", "data.io_timeout_seconds 3600", "data.worker_timeout_seconds=7200"):
+        assert word in str(caught.value)
+    DataSettings.model_validate({"train": "x", "io_timeout_seconds": 3600, "workers": 0})
