@@ -2,9 +2,10 @@
 
     python benchmarks/memory.py [--quick] [--samples 200000] [--only WORD] [--out FILE.json]
 
-Three cases, two workers each: `pictures`, tiny JPEGs through the whole loader (index, order, read, decode, augment, collate,
+Four cases, two workers each: `pictures`, tiny JPEGs through the whole loader (index, order, read, decode, augment, collate,
 shared memory), so that any leak per sample shows; `large`, pictures of 1 to 6 megapixels, so that an allocator that keeps
-what it was given shows; `clips`, arrays of 3 to 25 MB as a video decoder gives them, batches of 19 MB. Resident (RSS) and
+what it was given shows; `arrays`, of 3 to 25 MB as a video decoder gives them, batches of 19 MB; `clips`, H.264 files of
+several sizes through the whole loader, two clips of each, so that a decoder that is not given back shows. Resident (RSS) and
 private (USS) bytes of each worker and of the parent are read after every batch, or 500 times; of ten readings the smallest
 counts, since the others catch a picture or batch in passing. The growth is Theil and Sen's slope over the
 points after the first fifth, times their span, in percent of the median: under 2 % is asked for.
@@ -79,8 +80,23 @@ def growth(samples: list[int], values: list[int]) -> float:
     return float(np.median((y[j] - y[i]) / (x[j] - x[i])) * (x[-1] - x[0]) / np.median(y) * 100)
 
 
-def from_loader(folder: Path, img_size: int, micro_batch: int):
-    settings = DataSettings(train=[str(folder)], workers=WORKERS, index_dir=str(folder.parent / "index"))  # type: ignore
+def write_videos(folder: Path) -> None:
+    """A shard of 24 videos of 48 frames, of several sizes."""
+    from data_pipelines.made_up import encode_mp4, moving
+
+    folder.mkdir()
+    with tarfile.open(folder / "0000.tar", "w") as tar:
+        for number in range(24):
+            film = encode_mp4(moving(0, number, number % 3, 3, (64, 96, 128, 160)[number % 4], 48), fps=24, gop=16)
+            for suffix, data in (("cls", b"1"), ("mp4", film)):
+                member = tarfile.TarInfo(f"{number:07d}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
+
+def from_loader(folder: Path, img_size: int, micro_batch: int, **options):
+    settings = DataSettings(train=[str(folder)], workers=WORKERS, index_dir=str(folder.parent / "index"),
+                            **options)  # type: ignore[arg-type]
     loader = TrainLoader(settings, seed=0, img_size=img_size, num_classes=10, global_batch_size=micro_batch,
                          micro_batch_size=micro_batch, world=World())
     return loader.batches(0), loader.close
@@ -150,8 +166,12 @@ def main() -> None:
             if arguments.only in title:
                 write_shards(root / title, *shards, sizes)
                 results.append(watch(title, *from_loader(root / title, img_size, micro_batch), micro_batch, count))
+        if arguments.only in "arrays":
+            results.append(watch("arrays", *from_arrays(), 8, samples // 25))
         if arguments.only in "clips":
-            results.append(watch("clips", *from_arrays(), 8, samples // 25))
+            write_videos(root / "clips")
+            clips = from_loader(root / "clips", 64, 8, clip={"frames": 8, "stride": 2}, repeats=2)
+            results.append(watch("clips", *clips, 8, samples // 25))
     record = {"benchmark": "memory", "quick": arguments.quick, "commit": commit.strip(), "machine": platform.processor(),
               "cores": os.cpu_count(), "workers": WORKERS, "loadavg_before": load, "loadavg_after": list(os.getloadavg()),
               "torch": torch.__version__, "python": platform.python_version(), "glibc": platform.libc_ver()[1],
