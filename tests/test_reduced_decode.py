@@ -1,14 +1,16 @@
 """A JPEG decoded at 1/2, 1/4 or 1/8 gives the crop that the whole picture gives, and only where it has the pixels."""
 
 import io
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_pipelines.augment import TrainTransform, sample_seed
+from data_pipelines.batches import TrainBatches
 from data_pipelines.decode import BadSample, decode_image, reducible_size, require_decoder
-from data_pipelines.settings import AugmentSettings
+from data_pipelines.settings import AugmentSettings, DataSettings
 from tubelet.errors import ConfigError
 
 
@@ -86,3 +88,18 @@ def test_pictures_that_are_small_or_must_be_whole_are_decoded_whole():
         assert reducible_size(data) is None
     with pytest.raises(ConfigError, match="`data.reduced_decode` is true, but `data.decoder` is torchvision"):
         require_decoder("torchvision", reduced=True)
+
+
+def test_a_picture_decoded_once_for_its_repeats_has_the_pixels_of_the_most_demanding_one():
+    transform, asked = TrainTransform(AugmentSettings(), 40), []
+
+    def media(raw, reduce):
+        asked.append(reduce(701, 1003))
+        return SimpleNamespace(frames=1, times=np.zeros(1), read=lambda numbers: waves(9, 9)[None], close=lambda: None)
+
+    samples = SimpleNamespace(media=media, label=lambda raw: 0, token_map=lambda raw: None)
+    work = TrainBatches(samples, None, DataSettings(train=["x"], repeats=4), transform, 0, 10)
+    each = [[transform.reduce(701, 1003, sample_seed(0, x)) for x in range(at, at + 4)] for at in range(0, 40, 4)]
+    for at in range(0, 40, 4):
+        assert len(work.decode(None, range(at, at + 4)).clips) == 4
+    assert asked == [min(parts) for parts in each] != [max(parts) for parts in each]
