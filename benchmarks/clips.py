@@ -124,7 +124,7 @@ def plain_pyav(data: bytes, wanted: list[int]) -> Any:
     import av
     import numpy as np
 
-    with av.open(io.BytesIO(data)) as container:
+    with av.open(io.BytesIO(data), "r") as container:
         stream = container.streams.video[0]
         stream.codec_context.thread_count = 1
         tick = float(stream.time_base or 1)

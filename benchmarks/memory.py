@@ -95,8 +95,8 @@ def write_videos(folder: Path) -> None:
 
 
 def from_loader(folder: Path, img_size: int, micro_batch: int, **options):
-    settings = DataSettings(train=[str(folder)], workers=WORKERS, index_dir=str(folder.parent / "index"),
-                            **options)  # type: ignore[arg-type]
+    settings = DataSettings.model_validate({"train": [str(folder)], "workers": WORKERS,
+                                            "index_dir": str(folder.parent / "index"), **options})
     loader = TrainLoader(settings, seed=0, img_size=img_size, num_classes=10, global_batch_size=micro_batch,
                          micro_batch_size=micro_batch, world=World())
     return loader.batches(0), loader.close
