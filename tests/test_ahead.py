@@ -263,3 +263,29 @@ def test_the_fetcher_is_told_of_every_step_and_never_of_what_is_not_consumed(web
                 assert seen <= told[-1] <= seen + G
             assert told[-1] == seen + G and told == sorted(told)
         loader.close()
+
+
+def test_a_node_fetches_for_all_its_ranks_keeps_what_is_not_passed_and_asks_again_for_what_others_fetch(
+        web, tmp_path, monkeypatch):
+    source, order = opened(web, tmp_path), laned({"main": COUNTS})
+    disk, slots = CacheSettings(folder=str(tmp_path), connections=1, ahead=1), []
+    with monkeypatch.context() as patch:
+        patch.setattr("data_pipelines.ahead.Plan", lambda *args: slots.append(args[3]) or Plan(*args))
+        data = DataSettings(train=["x"], cache=disk)
+        ahead = start_ahead(order, [source], data, World(2, 4, 0, 2), 0, global_batch_size=G)
+    assert ahead is not None and slots == [range(4, 8)]
+    ahead.close()
+    asked, gone = [], []
+
+    def fetch(url, start, stop, **options):
+        asked.append((url, start, stop))
+        return None if asked.count((url, start, stop)) == 1 else tmp_path  # the first time somebody else is at it
+
+    cache = SimpleNamespace(fetch=fetch, drop=gone.append, place=lambda *piece: piece)
+    fetcher = Fetcher(Plan(order, [source.index], disk, range(G), G, 0), cache, 5.0)
+    assert any(fetcher.turn(0) for _ in range(100)) and {asked.count(piece) for piece in asked} == {2}
+    path, last = min(fetcher.windows.items(), key=lambda item: item[1])
+    fetcher.turn(last)
+    assert path not in gone
+    fetcher.turn(last + 1)
+    assert path in gone
