@@ -287,7 +287,8 @@ def _check_options(shard_size: int, piece: tuple[int, int] | None, processes: in
     if on_error not in ("stop", "skip"):
         problems.add(f"`--on-error` is {on_error}, must be stop or skip.", "--on-error skip")
     if piece is not None and not 0 <= piece[0] < piece[1]:
-        rule = f"pieces of {piece[1]} count from 0 to {piece[1] - 1}" if piece[1] > 0 else "N must be at least 1; pieces count from 0"
+        rule = (f"pieces of {piece[1]} count from 0 to {piece[1] - 1}" if piece[1] > 0 else
+                "N must be at least 1; pieces count from 0")
         problems.add(f"`--piece` is {piece[0]}/{piece[1]}; {rule}.",
                      "--piece $SLURM_ARRAY_TASK_ID/64 with sbatch --array=0-63")
     problems.raise_if_any()

@@ -74,6 +74,13 @@ def test_overrides_take_three_spellings_and_yaml_values():
         parse_overrides(["oops"])
 
 
+def test_braces_that_the_shell_expanded_are_refused_and_the_last_of_other_keys_counts():
+    with pytest.raises(ConfigError, match="quotes, if the shell expanded braces") as caught:
+        parse_overrides(["data.train=x-0.tar", "data.train=x-1.tar", "data.train=x-2.tar"])
+    assert "x-0.tar and x-1.tar" in str(caught.value)
+    assert parse_overrides(["lr=1", "lr=2"]) == {"lr": 2}
+
+
 def test_a_key_given_twice_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="`name` is given twice"):
         load(Outer, write(tmp_path, "name: a\nname: b\n"))

@@ -140,7 +140,11 @@ def parse_overrides(words: Sequence[str]) -> dict[str, Any]:
         if not equals or not key:
             problems.add(f"`{word}` is not an override.", "write key=value, e.g. optimizer.lr=1e-3")
             continue
-        found[key.replace("-", "_")] = parse_yaml(value, f"value of {key}") if value else None
+        key = key.replace("-", "_")
+        if str(found.get(key, "")).endswith(".tar") and value.endswith(".tar"):
+            problems.add(f"`{key}` is given twice, as {found[key]} and {value}; only the last would count.",
+                         f"quotes, if the shell expanded braces: '{key}=x-{{0000..0063}}.tar'; or a list [A.tar, B.tar]")
+        found[key] = parse_yaml(value, f"value of {key}") if value else None
     problems.raise_if_any()
     return found
 

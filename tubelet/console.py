@@ -25,7 +25,8 @@ def run_app(app: Any, words: Sequence[str] | None, name: str) -> int:
     except Exception as error:
         if not hasattr(error, "format_message"):  # click's usage errors have it; anything else is our mistake
             raise
-        print(f"error: {error.format_message()}\n  Try: {name} --help", file=sys.stderr)  # type: ignore[attr-defined]
+        path = getattr(getattr(error, "ctx", None), "command_path", name)  # with the command below `name` that was meant
+        print(f"error: {error.format_message()}\n  Try: {path} --help", file=sys.stderr)  # type: ignore[attr-defined]
         return 2
     if result == EXIT_INTERRUPTED:  # typer makes it of a KeyboardInterrupt
         print("interrupted", file=sys.stderr)
