@@ -128,9 +128,10 @@ if how == "raise":
 """
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("times", [1, pytest.param(20, marks=pytest.mark.slow)])
 def test_a_script_may_end_in_the_middle_of_an_epoch(tmp_path, times):
-    done = subprocess.run([sys.executable, "-c", ENDS, str(times)], cwd=ROOT, capture_output=True, text=True, timeout=240,
+    done = subprocess.run([sys.executable, "-c", ENDS, str(times)], cwd=ROOT, capture_output=True, text=True, timeout=500,
                           env={**os.environ, "TUBELET_CACHE": str(tmp_path)})
     rows = [line.split() for line in done.stdout.splitlines()]
     assert [(how, code) for how, code, _ in rows] == [("end", "0"), ("exit", "3"), ("raise", "1")] * times, done.stderr
