@@ -5,6 +5,7 @@ tests of its own) and the draws of lambda and box.
 """
 
 import io
+import json
 import multiprocessing
 import os
 import random
@@ -255,6 +256,20 @@ def test_another_data_set_is_told_field_by_field(folders, tmp_path):
     assert "sources.large.digest" in said and "small" not in said
     assert "source `small`: is gone" in compare_fingerprints(before, loader_for(
         settings({"large": folders["large"]})).fingerprint)
+
+
+def test_class_maps_and_the_colours_of_the_weights_reach_the_batches(folders, tmp_path):
+    (tmp_path / "map.json").write_text(json.dumps({str(label): (label + 1) % CLASSES for label in range(CLASSES)}))
+    data = settings({"small": folders["small"]}, augment={"erasing": 1.0, "erasing_mode": "const", "hflip": 0.0})
+    plain = next(loader_for(data).batches(0))
+    data.train[0].class_map = str(tmp_path / "map.json")
+    loader = loader_for(data)
+    loader.set_colors((0.2, 0.4, 0.6), (1.0, 1.0, 1.0))
+    mapped = next(loader.batches(0))
+    assert mapped["labels"].tolist() == [(label + 1) % CLASSES for label in plain["labels"].tolist()]
+    for one, other in zip(plain["pixels"], mapped["pixels"]):
+        erased = (one != other).any(0)
+        assert erased.any() and (other[:, erased] == torch.tensor([51, 102, 153])[:, None]).all()
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation
