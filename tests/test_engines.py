@@ -85,10 +85,13 @@ def weights(engine):
 
 
 def snapshot(engine):
-    """Bits of everything that an update changes on this rank."""
-    found = [flat.master.clone() for flat in engine.flats()]
+    """Bits of everything that an update changes on this rank; not the padding, which may hold any bytes (a NaN, too)."""
+    found = []
     for flat in engine.flats():
-        found += [torch.as_tensor(value).clone() for _, value in sorted(engine.optimizer.state.get(flat.key, {}).items())]
+        moments = [torch.as_tensor(value) for _, value in sorted(engine.optimizer.state.get(flat.key, {}).items())]
+        for tensor in (flat.master, *moments):
+            whole = tensor.shape == flat.master.shape
+            found += [tensor[slot.offset:slot.offset + slot.length].clone() for slot in flat.slots] if whole else [tensor.clone()]
     return found
 
 

@@ -22,7 +22,7 @@ _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = (
     (re.compile(r"(?i)(authorization['\"]?\s*[:=]\s*['\"]?)(?:(?:bearer|basic|token|negotiate)\s+)?[^\s'\",}]+"), r"\1***"),
     (re.compile(r"(?i)\b(bearer|basic)\s+[A-Za-z0-9+/_.=-]{8,}"), r"\1 ***"),
     (re.compile(rf"(?i)(['\"](?:[\w.-]*(?:{_WORDS}|_key|_auth)[\w.-]*|key|auth|sig)['\"]\s*[:=]\s*)"
-                r"(?:'[^']*'|\"[^\"]*\"|[^\s,}]+)"), r"\1***"),
+                r"(?:'[^']*'|\"[^\"]*\"|(?!(?:[\d.]+|None|True|False|null|true|false)[\s,}\]])[^\s,}]+)"), r"\1***"),
     (re.compile(r"(?i)\b((?:aws_)?(?:secret_access_key|session_token|access_key_id|secret_key|access_key|secret|password"
                 r"|passwd|access_token|hf_token|api_key|account_key|sas_token)\s*[:=]\s*)[^\s'\",}]+"), r"\1***"),
     (re.compile(r"\bhf_[A-Za-z0-9]{8,}|\bgh[pousr]_[A-Za-z0-9]{20,}|\b(?:AKIA|ASIA)[0-9A-Z]{12,}|\bya29\.[\w-]+"
