@@ -90,8 +90,9 @@ def snapshot(engine):
     for flat in engine.flats():
         moments = [torch.as_tensor(value) for _, value in sorted(engine.optimizer.state.get(flat.key, {}).items())]
         for tensor in (flat.master, *moments):
+            pieces = [slice(slot.offset, slot.offset + slot.length) for slot in flat.slots]
             whole = tensor.shape == flat.master.shape
-            found += [tensor[slot.offset:slot.offset + slot.length].clone() for slot in flat.slots] if whole else [tensor.clone()]
+            found += [tensor[piece].clone() for piece in pieces] if whole else [tensor.clone()]
     return found
 
 
