@@ -220,10 +220,18 @@ def known_shards(urls: Sequence[str], index_dir: str | None = None, storage: Sto
         index = read_index_json(content, beside(members[0], INDEX_NAME))
         listed = {entry["name"]: entry for entry in index["shards"]}
         known.label = index.get("label", "cls")
+        strange = [url for url in members if base_name(url) not in listed]
+        gone = missing(strange)  # braces that run past the last shard are the common case
+        problems.items += gone
+        if len(strange) > len(gone):
+            there = [url for url in strange if is_remote(url) or os.path.exists(url)]
+            last = index["shards"][-1]["name"] if index["shards"] else "nothing"
+            problems.add(f"{len(there)} shard(s) are not in {folder}/{INDEX_NAME}: the first is {base_name(there[0])}, "
+                         f"its last one is {last}.", f"the shards it lists, or {index_command([folder])} --overwrite "
+                         "(another index is another order of samples)")
         for url in members:
             entry = listed.get(base_name(url))
             if entry is None:
-                problems.add(f"{url} is not listed in {folder}/{INDEX_NAME}.", f"{index_command([folder])} --overwrite")
                 continue
             known.infos[url] = _info(entry, url, beside(url, f"{entry['name']}.idx"))
         if known.classes is None:

@@ -288,6 +288,11 @@ def _table(path: Path, columns: Columns) -> Inputs:
         count += 1
         name, raw = row.get(columns.path), row.get(columns.label)
         absent = [column for column in columns.keep if column not in row]
+        unknown = [column for column in (columns.path, columns.label, *columns.keep) if column not in row]
+        if count == 1 and unknown and path.suffix != ".jsonl":  # a table's columns are those of its header: said once
+            lack = " and no column ".join(f"`{column}`" for column in unknown)
+            raise DataError(f"{path} has no column {lack}; its columns are {', '.join(map(str, row)) or 'none'}.",
+                            "a header line with path,label, or --path-column and --label-column to name others")
         if name in (None, "") or raw in (None, "") or absent:
             lack = " or no ".join(f"`{column}`" for column in [columns.path, columns.label, *absent]
                                   if row.get(column) in (None, ""))

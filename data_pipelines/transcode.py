@@ -298,6 +298,7 @@ def _output(target: Any, frame: av.VideoFrame, stream: av.VideoStream, treatment
     source = stream.codec_context
     out.codec_context.colorspace, out.codec_context.color_primaries = source.colorspace, source.color_primaries
     out.codec_context.color_trc = source.color_trc
-    out.options = {"crf": str(treatment.crf), "preset": treatment.preset, "flags": "+bitexact",
-                   "x264-params": f"keyint={distance}:min-keyint={distance}:scenecut=0:threads=1:lookahead-threads=1"}
+    # Without `cpu-independent` x264's macroblock tree reads memory that nobody wrote: the bytes would differ now and then.
+    out.options = {"crf": str(treatment.crf), "preset": treatment.preset, "flags": "+bitexact", "x264-params":
+                   f"keyint={distance}:min-keyint={distance}:scenecut=0:threads=1:lookahead-threads=1:cpu-independent=1"}
     return out
