@@ -146,7 +146,8 @@ def test_the_limit_holds_and_the_least_recently_used_goes_first(web, tmp_path, m
     with multiprocessing.get_context("fork").Pool(2) as pool:
         jobs = [pool.apply_async(_fill, (a, tmp_path, first)) for first in (0, 500_000)]
         while not all(job.ready() for job in jobs):
-            assert sum(_size(path) for path in cache.folder.glob("*/*")) <= 350_000
+            # a look takes a while: what it has counted may be thrown away for a piece that it counts, too
+            assert sum(_size(path) for path in cache.folder.glob("*/*")) <= 350_000 + 2 * 12_000
         assert [job.get() for job in jobs] == [40, 40]
 
 
