@@ -85,7 +85,7 @@ def trouble(error: BaseException, url: str) -> Trouble:
         return Trouble(f"the answer is garbled: {text}", "check proxies between this node and the server", False)
     if status is not None and status >= 400:
         return Trouble(f"the request was refused (status {status}): {text}", "check the URL and data.train[].storage", True)
-    if isinstance(error, (TypeError, AttributeError, NotImplementedError)):
+    if isinstance(error, (TypeError, AttributeError)):
         return Trouble(f"this kind of storage cannot be read so: {text}",
                        "https://, s3://, gs:// or hf://; or copy the shards to a disk", True)
     found = {type(each) for each in _chain(error)}
