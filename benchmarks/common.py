@@ -23,11 +23,16 @@ def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
+def commit() -> str:
+    """What is checked out, with "-dirty" when it was changed."""
+    words = ["git", "describe", "--always", "--dirty"]
+    return subprocess.run(words, capture_output=True, text=True, cwd=ROOT).stdout.strip()
+
+
 def machine(packages: Sequence[str] = ()) -> dict[str, Any]:
     """Commit, processor, load and versions, for the record of a benchmark."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT).stdout
     versions = {name: _version(name) for name in packages}
-    return {"commit": commit.strip(), "cpu": cpu_name(), "cores": os.cpu_count(), "loadavg": list(os.getloadavg()),
+    return {"commit": commit(), "cpu": cpu_name(), "cores": os.cpu_count(), "loadavg": list(os.getloadavg()),
             "python": platform.python_version(), **versions}
 
 

@@ -27,6 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from common import commit
 from PIL import Image
 
 from data_pipelines.loader import TrainLoader
@@ -156,7 +157,6 @@ def main() -> None:
     arguments = parser.parse_args()
     samples = arguments.samples // 10 if arguments.quick else arguments.samples
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout
     load, results = list(os.getloadavg()), []
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
@@ -172,7 +172,7 @@ def main() -> None:
             write_videos(root / "clips")
             clips = from_loader(root / "clips", 64, 8, clip={"frames": 8, "stride": 2}, repeats=2)
             results.append(watch("clips", *clips, 8, samples // 25))
-    record = {"benchmark": "memory", "quick": arguments.quick, "commit": commit.strip(), "machine": platform.processor(),
+    record = {"benchmark": "memory", "quick": arguments.quick, "commit": commit(), "machine": platform.processor(),
               "cores": os.cpu_count(), "workers": WORKERS, "loadavg_before": load, "loadavg_after": list(os.getloadavg()),
               "torch": torch.__version__, "python": platform.python_version(), "glibc": platform.libc_ver()[1],
               "malloc_environment": {k: v for k, v in os.environ.items() if k.startswith("MALLOC_")}, "results": results}

@@ -14,7 +14,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
@@ -22,7 +21,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import timm
 import torch
-from common import cpu_name
+from common import commit, cpu_name
 
 import tubelet.models  # noqa: F401  (registers the names)
 from tubelet.models.cost import input_shape, macs, num_parameters
@@ -90,7 +89,6 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout
     pairs = 3 if arguments.quick else 9
     load, results = list(os.getloadavg()), []
     print(f"{'':58s} {'MACs':>6s} {'time':>6s} {'(range)':>13s} {'time per MAC':>13s}")
@@ -107,7 +105,7 @@ def main() -> None:
         verdict = "" if limit is None else f"  (at most {limit}: {'kept' if row['efficiency'] <= limit else 'MISSED'})"
         print(f"{title:58s} {row['mac_ratio']:6.3f} {row['time_ratio']:6.3f} ({low:.3f}-{high:.3f}) "
               f"{row['efficiency']:12.3f}{verdict}", flush=True)
-    record = {"benchmark": "models", "quick": arguments.quick, "pairs": pairs, "commit": commit.strip(), "cpu": cpu_name(),
+    record = {"benchmark": "models", "quick": arguments.quick, "pairs": pairs, "commit": commit(), "cpu": cpu_name(),
               "cores": os.cpu_count(), "threads": 1, "loadavg_before": load, "loadavg_after": list(os.getloadavg()),
               "torch": torch.__version__, "timm": timm.__version__, "python": platform.python_version(),
               "metric": "CPU milliseconds of the process, forward + backward, fp32", "results": results}

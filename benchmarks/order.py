@@ -13,7 +13,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import time
 import tracemalloc
 from pathlib import Path
@@ -21,6 +20,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+from common import commit
 
 from data_pipelines.order import Order, OrderSource
 
@@ -98,7 +98,6 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="fewer repeats and 4 lanes")
     quick = parser.parse_args().quick
     runs, num_lanes = (5, 4) if quick else (41, 24)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout
     load, counts = list(os.getloadavg()), unequal_counts()
     memory = memory_of_a_rank(counts)
     order = Order([OrderSource("main", counts)], seed=1, global_batch_size=G)
@@ -133,7 +132,7 @@ def main() -> None:
         verdict = "" if limit is None else f"  (under {limit}: {'kept' if value < limit else 'MISSED'})"
         print(f"{title:42s} {value:9.3f}{verdict}")
     print(f"{len(lanes)} whole lanes, {compared} samples: each once; ranks 2, 64 and 4,096: disjoint and complete")
-    record = {"benchmark": "order", "quick": quick, "commit": commit.strip(), "cpu": platform.processor(),
+    record = {"benchmark": "order", "quick": quick, "commit": commit(), "cpu": platform.processor(),
               "cores": os.cpu_count(), "numpy": np.__version__, "python": platform.python_version(),
               "loadavg_before": load, "loadavg_after": list(os.getloadavg()), "samples": SAMPLES, "shards": SHARDS,
               "global_batch": G, "ranks": RANKS, "metric": "CPU milliseconds of the process", "memory": memory,

@@ -15,7 +15,6 @@ import json
 import os
 import platform
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -26,6 +25,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import torch
+from common import commit
 from PIL import Image
 
 from data_pipelines.indexing import build_index
@@ -91,7 +91,6 @@ def main() -> None:
     arguments = parser.parse_args()
     samples, runs = (50_000, 3) if arguments.quick else (arguments.samples, arguments.runs)
     torch.set_num_threads(1)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=HERE).stdout
     load, raw = list(os.getloadavg()), {name: [] for name in POSITIONS}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "set"
@@ -112,7 +111,7 @@ def main() -> None:
     spread, under = max(spent) / min(spent) - 1, max(quickest.values()) < 1000
     print(f"spread of CPU time {spread:.1%} (within 20 %: {'kept' if spread <= 0.2 else 'MISSED'}); under 1 s: "
           f"{'kept' if under else 'MISSED'}")
-    record = {"benchmark": "resume", "quick": arguments.quick, "commit": commit.strip(), "cpu": platform.processor(),
+    record = {"benchmark": "resume", "quick": arguments.quick, "commit": commit(), "cpu": platform.processor(),
               "cores": os.cpu_count(), "loadavg_before": load, "loadavg_after": list(os.getloadavg()),
               "torch": torch.__version__, "python": platform.python_version(), "samples": samples, "shards": SHARDS,
               "global_batch": G, "micro_batch": MICRO_BATCH, "workers": 2, "raw": raw, "medians": medians,

@@ -75,9 +75,8 @@ class TrainBatches:
         """An empty batch for these global sample numbers."""
         import torch
 
-        frames = self.settings.clip.frames
         return {"ids": torch.from_numpy(ids.copy()), "labels": torch.zeros(len(ids), dtype=torch.int64), "bad": [],
-                "pixels": new_batch((len(ids), 3, *([frames] if frames > 1 else []), *self.transform.size))}
+                "pixels": new_batch(len(ids), self.settings.clip.frames, self.transform.size)}
 
     def groups(self, ids: np.ndarray) -> list[np.ndarray]:
         """Slots of the repeats of one sample, which are neighbours: it is fetched and decoded once."""
@@ -159,12 +158,13 @@ def places_table(places: Places) -> np.ndarray:
     return np.stack([places.x, places.source, places.epoch, places.shard, places.index], axis=1)
 
 
-def new_batch(shape: tuple[int, ...]) -> torch.Tensor:
-    """An uninitialised uint8 tensor; in a loader process in shared memory from the start, which saves the copy that sending
-    it would take (a tenth of the time of a picture)."""
+def new_batch(count: int, frames: int, size: tuple[int, int]) -> torch.Tensor:
+    """uint8 [count, 3, *size], or [count, 3, frames, *size] for clips, uninitialised; in a loader process in
+    shared memory from the start, which saves the copy that sending it would take (a tenth of the time of a picture)."""
     import torch
     from torch.utils.data import get_worker_info
 
+    shape = (count, 3, *([frames] if frames > 1 else []), *size)
     if get_worker_info() is None:
         return torch.empty(shape, dtype=torch.uint8)
     storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")

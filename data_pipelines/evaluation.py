@@ -81,8 +81,8 @@ class EvalLoader:
     def _batch(self, numbers: np.ndarray, transform: EvalTransform) -> Batch:
         import torch
 
-        count, frames = len(numbers), self.data.clip.frames
-        pixels = new_batch((count * self.views, 3, *([frames] if frames > 1 else []), *self.img_size)).zero_()
+        count = len(numbers)
+        pixels = new_batch(count * self.views, self.data.clip.frames, self.img_size).zero_()
         labels = torch.zeros(count, dtype=torch.int64)
         valid = torch.zeros(count, dtype=torch.bool)
         bad = []
@@ -107,10 +107,9 @@ class EvalLoader:
         """The clips of one sample, uint8 [T, H, W, 3], or [H, W, 3] when a clip has one frame."""
         media = self.samples.media(raw)
         try:
-            clips = cut_clips(media, self._choose(0, media.frames, media.times))
+            return cut_clips(media, self._choose(0, media.frames, media.times))
         finally:
             media.close()
-        return [clip[0] for clip in clips] if self.data.clip.frames == 1 else clips
 
     def _choose(self, _: int, frames: int, times: np.ndarray) -> list[np.ndarray]:
         return list(test_clips(frames, times, self.data.clip))

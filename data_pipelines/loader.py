@@ -57,8 +57,10 @@ class TrainLoader:
         require_decoder(settings.decoder, settings.reduced_decode)
         transform = TrainTransform(settings.augment, img_size)
         self.sources = open_sources(settings.train, settings, world)
+        self.decoder = decoder_version(settings)  # other ones, and other versions, may give other pixels
         if has_videos(self.sources):
             require_video_decoder(settings.video_decoder)
+            self.decoder += f", {video_decoder_version(settings.video_decoder)}"
         self.order = Order(
             [OrderSource(s.settings.name, s.index.counts, s.settings.weight, s.index.sample_bytes) for s in self.sources],
             seed=seed, global_batch_size=global_batch_size, lanes=settings.lanes, window=settings.window,
@@ -83,7 +85,7 @@ class TrainLoader:
     def recorded_state(self) -> dict[str, Any]:
         """What a checkpoint must keep besides the position, as plain JSON values: resolved lanes and windows of the order
         (never recomputed from defaults), and the decoder, whose change is said."""
-        return {"order": self.order.resolved(), "decoder": decoders(self.settings, self.sources)}
+        return {"order": self.order.resolved(), "decoder": self.decoder}
 
     def batches(self, seen: int) -> Iterator[Batch]:
         """This rank's micro-batches from global sample number `seen` on, without end; ends those of an earlier call.
@@ -157,21 +159,14 @@ class TrainLoader:
         return f"sample {x}: {found['key']} of {found['shard']} (source `{found['source']}`)"
 
     def _notes(self, recorded: dict[str, Any]) -> Iterator[str]:
-        decoder = decoders(self.settings, self.sources)
-        if recorded.get("decoder", decoder) != decoder:
-            yield (f"the run was decoded by {recorded['decoder']} until now and goes on with {decoder}: the order of "
+        if recorded.get("decoder", self.decoder) != self.decoder:
+            yield (f"the run was decoded by {recorded['decoder']} until now and goes on with {self.decoder}: the order of "
                    "samples is the same, pixels may differ by rounding")
         nodes, shards = self.world.size // max(self.world.local_size, 1), sum(len(s.index.shards) for s in self.sources)
         if shards < nodes:
             yield f"{shards} shards for {nodes} nodes: every node reads every shard"
         if len(self.sources) > 1:
             yield "mixture: " + ", ".join(f"{name} {share:.4%}" for name, share in self.order.weights().items())
-
-
-def decoders(settings: DataSettings, sources: list[Source]) -> str:
-    """The decoders these sources are read with and their versions: other ones may give other pixels."""
-    video = f", {video_decoder_version(settings.video_decoder)}" if has_videos(sources) else ""
-    return decoder_version(settings) + video
 
 
 def compare_fingerprints(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

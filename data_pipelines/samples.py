@@ -163,11 +163,12 @@ class Samples:
 
 
 def cut_clips(media: Media, chosen: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """uint8 [T, H, W, 3] for each list of frame numbers; what several clips share is decoded once."""
+    """uint8 [T, H, W, 3], or the picture [H, W, 3] of a single frame, for each list of frame numbers; what several clips
+    share is decoded once."""
     wanted, inverse = np.unique(np.concatenate(chosen), return_inverse=True)
     frames = media.read(wanted.tolist())
     ends = np.cumsum([len(numbers) for numbers in chosen])[:-1]
-    return [frames[mine] for mine in np.split(inverse, ends)]
+    return [frames[mine] if len(mine) > 1 else frames[mine[0]] for mine in np.split(inverse, ends)]
 
 
 def draw_clips(frames: int, times: np.ndarray, settings: ClipSettings, seeds: Sequence[int]) -> list[np.ndarray]:
@@ -183,5 +184,4 @@ def training_clips(media: Media, settings: ClipSettings, seeds: Sequence[int]) -
     if media.frames == 1 and settings.frames == 1:  # a picture for an image model: nothing to draw, nothing to copy
         image = media.read([0])[0]
         return [image] * len(seeds)
-    clips = cut_clips(media, draw_clips(media.frames, media.times, settings, seeds))
-    return [clip[0] for clip in clips] if settings.frames == 1 else clips
+    return cut_clips(media, draw_clips(media.frames, media.times, settings, seeds))

@@ -270,8 +270,9 @@ def test_a_newer_format_is_named_not_guessed(tmp_path):
 
 def test_a_replicated_engine_splits_the_writing_and_loses_nothing(tmp_path):
     """One process plays three ranks that all hold everything; only the files of all three together are the model."""
-    from tubelet.engine.checkpoint.format import BUFFERS, FROZEN, entry, write_safetensors
-    from tubelet.engine.checkpoint.save import _rank_entries, buffers, describe
+    from tubelet.engine.checkpoint.describe import buffers, describe, rank_entries
+    from tubelet.engine.checkpoint.format import BUFFERS, FROZEN
+    from tubelet.engine.checkpoint.tensors import entry, write_safetensors
 
     whole = engine(groups=(("stem", 1e-2), ("body", 1e-2), ("", 1e-2)), seed=4).train_a_little(4)
     whole.replicated, layout = True, whole.layouts()[0]
@@ -281,7 +282,7 @@ def test_a_replicated_engine_splits_the_writing_and_loses_nothing(tmp_path):
         whole.world = World(rank, 3)
         index = describe(whole, False, {}, buffers(whole.module))
         texts.append(index.to_json())
-        own = _rank_entries(whole, index, None)
+        own = rank_entries(whole, index, None)
         assert [item.name for item in own] == [f"{kind}.{rank}" for kind in ("master", "exp_avg", "exp_avg_sq")]
         write_safetensors(tmp_path / f"rank-{rank:05d}.safetensors", own, {})
     assert len(set(texts)) == 1, "every rank computes the same index, also of flats it does not write"

@@ -22,7 +22,8 @@ PathArgument = Annotated[Path, typer.Argument(metavar="PATH", help="runs/NAME or
 def info(path: PathArgument) -> None:
     """What a checkpoint holds, and which others the run has."""
     from tubelet.engine.checkpoint.folder import newest, published, step_of
-    from tubelet.engine.checkpoint.format import MANIFEST, Index, read_manifest
+    from tubelet.engine.checkpoint.format import MANIFEST, read_manifest
+    from tubelet.engine.checkpoint.index import Index
 
     folder = newest(path)
     manifest, index = read_manifest(folder), Index.read(folder)

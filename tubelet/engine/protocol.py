@@ -51,8 +51,9 @@ class StepResult:
 
     applied: bool
     """False when the gradient was not finite: weights, moments and the optimizer's own step are untouched."""
-    grad_norm: float
-    """Global gradient norm before clipping (inf or nan when not finite)."""
+    grad_norm: torch.Tensor | float
+    """Global gradient norm before clipping (inf or nan when not finite). Reading a tensor with `float` waits for the
+    device, so it is read when it is logged."""
 
 
 class Engine(Protocol):

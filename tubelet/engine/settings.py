@@ -12,8 +12,9 @@ from tubelet.config import Settings, fixed, free, recorded
 class OptimizerSettings(Settings):
     """The optimizer and its weight decay."""
 
-    name: Literal["adamw", "adam", "sgd", "lion"] = fixed("adamw")
-    """`sgd` is SGD with momentum. Adafactor and LAMB have no meaning on flat ZeRO partitions and are not offered yet."""
+    name: Literal["adamw", "adam", "sgd", "lion", "adafactor", "lamb"] = fixed("adamw")
+    """`sgd` is SGD with momentum; `adafactor` is big_vision's. `adafactor` and `lamb` look at whole tensors, which ZeRO cuts
+    into flat pieces, so they need engine=plain."""
     lr: float = recorded(gt=0)
     """Peak learning rate; the schedule multiplies it."""
     betas: tuple[float, float] = recorded((0.9, 0.999))
@@ -52,7 +53,10 @@ class EmaSettings(Settings):
     """Exponential moving average of the fp32 weights, kept on each rank's shard."""
 
     decay: float = recorded(0.9999, gt=0, lt=1)
-    """ema = decay * ema + (1 - decay) * weights, after each applied update."""
+    """ema = decay * ema + (1 - decay) * weights, after each applied update (the papers' "Polyak averaging")."""
+    warmup: bool = recorded(False)
+    """Begin with a short memory: the decay of update n is min(decay, (1 + n) / (10 + n)). Without it the initial weights
+    keep a share of decay ** updates."""
 
 
 class ZeroSettings(Settings):
@@ -60,6 +64,9 @@ class ZeroSettings(Settings):
 
     stage: Literal[1, 2, 3] = free(1)
     """1 shards optimizer state, 2 gradients too, 3 parameters too. May change on resume."""
+    grad_accum_dtype: Literal["auto", "fp32", "bf16"] = recorded("auto")
+    """Where micro-batch gradients are added up in bf16 runs: `auto` = as the parameters. fp32 costs 4 bytes a weight (over
+    the ranks at stages 2 and 3) and needs stage 2 or 3."""
     config: str | dict[str, Any] | None = free(None)
     """DeepSpeed JSON (file or mapping) merged over what we derive; keys owned by our own settings are refused."""
 
@@ -69,6 +76,98 @@ class ZeroSettings(Settings):
         if value in (0, "0"):
             raise ValueError("ZeRO stage 0 lets a NaN gradient into the weights; use stage 1, or engine=plain")
         return value
+
+
+class ActivationCheckpointing(Settings):
+    """Forget activations in the forward pass and compute them again in the backward pass."""
+
+    mode: Literal["full", "selective"] = recorded("full")
+    """`full` = keep a block's input only (about a third more FLOPs); `selective` = also keep the results of matrix products
+    and attention, and compute the cheap rest again."""
+    every: int = recorded(1, ge=1)
+    """Of every `every` blocks one is treated so; 1 = all of them."""
+
+
+class CompileSettings(Settings):
+    """`torch.compile` of each block of the model."""
+
+    backend: str = free("inductor")
+    """`inductor`; `aot_eager` and `eager` to look for mistakes."""
+    mode: Literal["default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"] = free("default")
+    """As `torch.compile`'s."""
+
+
+class GuardSettings(Settings):
+    """What happens when the loss or a gradient is not finite, or the loss jumps. An update whose loss or gradient is not
+    finite on any rank is always skipped on all."""
+
+    max_skipped: int = free(5, ge=1)
+    """This many skipped updates in a row: go back to the last good checkpoint and leave the data since out."""
+    loss_spike: float | None = free(None, gt=1)
+    """Go back also when the loss of a step is above this many times the median of the last `window`; null = off."""
+    window: int = free(100, ge=4)
+    """Steps that the median of `loss_spike` looks back at; before so many are seen nothing is a spike."""
+    max_rollbacks: int = free(3, ge=0)
+    """Going back more often than this between two new checkpoints stops the run with an error; 0 = stop at once."""
+
+
+class BestSettings(Settings):
+    """Keep the checkpoint that evaluates best."""
+
+    metric: str = free("val/acc1")
+    """Name of a scalar of the evaluation, such as `val/acc1` or `val_ema/loss`."""
+    mode: Literal["max", "min"] = free("max")
+    """Whether more is better."""
+
+
+class CheckpointSettings(Settings):
+    """Where checkpoints go and how they are written. How often and how many: `save_every`, `keep_last`, ..."""
+
+    dir: str | None = free(None)
+    """Folder or URL (`s3://bucket/runs/x`, `gs://`, ...) that gets the `step-*` folders; null = the run's folder."""
+    storage: dict[str, Any] = free({})
+    """Options for fsspec when `dir` is a URL, such as `endpoint_url`; keep secrets in the environment."""
+    asynchronous: bool = free(True)
+    """Copy the state aside and go on training while a process of its own writes it. Costs host memory for one copy of this
+    rank's part of the checkpoint."""
+    best: BestSettings | None = free(None)
+    """Also keep the checkpoint with the best evaluation; null = off."""
+
+
+class LogSettings(Settings):
+    """What is shown beside the console line and the scalars of every `log_every` steps."""
+
+    tensorboard: bool = free(True)
+    """Write `tensorboard/`; `metrics.jsonl` is always written."""
+    wandb: dict[str, Any] | None = free(None)
+    """Arguments of `wandb.init` (`project: NAME`, `entity`, `mode: offline` ...) when the package is installed; null = off.
+    A resumed run goes on in the same W&B run."""
+    images_every: int | None = free(None, gt=0)
+    """Show a sheet of augmented inputs every this many steps (and at the first); null = at the first step only."""
+    histograms_every: int | None = free(None, gt=0)
+    """Histograms of weights every this many steps; null = never."""
+    profile_start: int | None = free(None, ge=0)
+    """Step at which torch's profiler begins (counted from the start of this job, so that a resumed run can be profiled
+    too); its trace goes to `profile/`. null = off."""
+    profile_steps: int = free(3, gt=0)
+    """Steps that are profiled."""
+    communication_every: int | None = free(500, gt=0)
+    """One step in so many is profiled lightly to learn the share of communication; null = never."""
+
+
+class WatchSettings(Settings):
+    """Hangs and stragglers."""
+
+    heartbeat_seconds: float = free(10.0, gt=0)
+    """How often a rank tells the others where it is."""
+    stall_seconds: float = free(300.0, gt=0)
+    """Without a step for so long every rank writes the stacks of its threads to `logs/` and the rank that is missing is
+    named. Starting, saving and evaluating are given their own time-outs instead."""
+    exit_seconds: float | None = free(None, gt=0)
+    """Leave with exit code 1 so long after the stacks were written, so that a scheduler can restart the job; null = the
+    collective time-out decides."""
+    straggler_ratio: float = free(1.3, gt=1)
+    """Say which rank is slow when its own time a step (without waiting for others) is above this many times the median."""
 
 
 class EngineSettings(Settings):
@@ -94,6 +193,12 @@ class EngineSettings(Settings):
     `auto` = bf16 on a GPU under zero, amp on a GPU under plain, fp32 on a CPU."""
     zero: ZeroSettings = ZeroSettings()
     """DeepSpeed ZeRO."""
+    activation_checkpointing: ActivationCheckpointing | None = recorded(None)
+    """Trade FLOPs for activation memory; null = off."""
+    compile: CompileSettings | None = free(None)
+    """`torch.compile` each block; null = off."""
+    sync_batch_norm: bool = recorded(False)
+    """BatchNorm's batch statistics over the micro-batches of all ranks (UniFormer on few samples a rank)."""
     optimizer: OptimizerSettings = recorded()
     """The optimizer and its weight decay."""
     schedule: ScheduleSettings = ScheduleSettings()
@@ -102,6 +207,8 @@ class EngineSettings(Settings):
     """Global-norm gradient clipping; null = off."""
     ema: EmaSettings | None = recorded(None)
     """Moving average of the weights; null = off."""
+    guard: GuardSettings = GuardSettings()
+    """What happens when the loss or a gradient is not finite, or the loss jumps."""
     deterministic: bool = free(False)
     """Deterministic GPU kernels (slower): bit-equal runs on GPUs too."""
     save_every: int = free(1000, gt=0)
@@ -112,14 +219,31 @@ class EngineSettings(Settings):
     """Newest verified checkpoints to keep."""
     keep_every: int | None = free(None, gt=0)
     """Checkpoints whose step is a multiple of this are kept for good."""
+    keep_milestones: int | None = free(None, ge=1)
+    """Of the checkpoints that `keep_every` keeps, the newest so many; null = all."""
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    """Where checkpoints go and how they are written."""
     eval_every: int | None = free(None, gt=0)
     """Evaluate every this many steps; null = at the end only."""
     log_every: int = free(50, gt=0)
     """Steps between log lines, scalars and checks of the bad-sample budget (the only host syncs)."""
     preempt_grace_seconds: float = free(240.0, gt=0)
     """After TERM / USR1 / USR2 the process leaves by force when saving has not finished within this time."""
+    time_limit_minutes: float | None = free(None, gt=0)
+    """The job ends so many minutes after its start; null = ask the scheduler (SLURM). The run is saved and left with exit
+    code 85 before that."""
+    time_limit_margin_seconds: float = free(120.0, ge=0)
+    """How long before the job's end to begin leaving, beside what a save has taken so far."""
     timeout_seconds: float = free(600.0, gt=0)
     """Collective time-out of training."""
+    save_timeout_seconds: float = free(3600.0, gt=0)
+    """Collective time-out of saving and restoring."""
+    eval_timeout_seconds: float = free(3600.0, gt=0)
+    """Collective time-out of evaluating: how long ranks that are done wait for the others."""
+    log: LogSettings = LogSettings()
+    """What is shown beside the console line and the scalars."""
+    watch: WatchSettings = WatchSettings()
+    """Hangs and stragglers."""
     digest: bool = free(False)
     """Write a SHA-256 of what every step was trained on to `digest.jsonl` (to compare two runs; costs CPU time)."""
     peak_tflops: float | None = free(None, gt=0)

@@ -8,7 +8,8 @@ from typing import Any, Literal
 
 from tubelet import dist
 from tubelet.engine.checkpoint.folder import choose, published
-from tubelet.engine.checkpoint.format import Index, read_manifest
+from tubelet.engine.checkpoint.format import read_manifest
+from tubelet.engine.checkpoint.index import Index
 from tubelet.engine.checkpoint.load import assemble
 from tubelet.errors import CheckpointError, ConfigError
 from tubelet.models.build import build_model, model_cfg

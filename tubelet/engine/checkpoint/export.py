@@ -15,8 +15,9 @@ import torch
 
 from tubelet import files
 from tubelet.engine.checkpoint.folder import verify
-from tubelet.engine.checkpoint.format import BUFFERS, Entry, write_safetensors
+from tubelet.engine.checkpoint.format import BUFFERS
 from tubelet.engine.checkpoint.load import Source, which_weights
+from tubelet.engine.checkpoint.tensors import Entry, write_safetensors
 from tubelet.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"

@@ -13,7 +13,9 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from tubelet import dist, faults, files
-from tubelet.engine.checkpoint.format import INDEX, MANIFEST, Index, Reader, rank_file, read_manifest
+from tubelet.engine.checkpoint.format import INDEX, MANIFEST, rank_file, read_manifest
+from tubelet.engine.checkpoint.index import Index
+from tubelet.engine.checkpoint.tensors import Reader
 from tubelet.errors import CheckpointError
 
 _STEP = re.compile(r"step-(\d{8,})")

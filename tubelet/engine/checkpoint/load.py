@@ -17,9 +17,11 @@ import torch
 
 from tubelet import dist
 from tubelet.console import print_table
+from tubelet.engine.checkpoint.describe import RUNNING_KEYS, buffers, json_value
 from tubelet.engine.checkpoint.folder import verify
-from tubelet.engine.checkpoint.format import BUFFERS, FROZEN, FlatInfo, Index, Reader, rank_file, read_manifest
-from tubelet.engine.checkpoint.save import RUNNING_KEYS, buffers, json_value
+from tubelet.engine.checkpoint.format import BUFFERS, FROZEN, rank_file, read_manifest
+from tubelet.engine.checkpoint.index import FlatInfo, Index
+from tubelet.engine.checkpoint.tensors import Reader
 from tubelet.engine.protocol import Engine, Flat, Slot
 from tubelet.errors import CheckpointError
 

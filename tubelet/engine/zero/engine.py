@@ -73,8 +73,8 @@ class ZeroEngine:
             group["lr"] = lr * group["lr_scale"]
         self.deepspeed.step()
         self._backwards = 0
-        return StepResult(applied=self.deepspeed.was_step_applied(),
-                          grad_norm=float(self.deepspeed.get_global_grad_norm()))  # type: ignore[arg-type]
+        norm = self.deepspeed.get_global_grad_norm()
+        return StepResult(applied=self.deepspeed.was_step_applied(), grad_norm=norm)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------------------------------------- shards
 

@@ -1,0 +1,113 @@
+"""safetensors files: written in a stream and hashed on the way, read by slices."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tubelet.errors import CheckpointError
+from tubelet.files import HashingFile
+
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
+           torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+_CHUNK = 1 << 24  # elements that pass through host memory at once
+
+
+@dataclass
+class Entry:
+    """A tensor to be written; `read` is called when its turn has come, so that only one need be in memory."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    read: Callable[[], torch.Tensor]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def entry(name: str, tensor: torch.Tensor, *, flat: bool = False) -> Entry:
+    """An entry for a tensor that is already there; `flat` writes it as one dimension."""
+    shape = (tensor.numel(),) if flat else tuple(tensor.shape)
+    return Entry(name, tensor.dtype, shape, lambda: tensor)
+
+
+def _ordered(entries: Iterable[Entry]) -> list[Entry]:
+    return sorted(entries, key=lambda item: -item.dtype.itemsize)  # so that every tensor is aligned for its type
+
+
+def _header(entries: list[Entry], metadata: dict[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata}
+    place = 0
+    for item in entries:
+        header[item.name] = {"dtype": _DTYPES[item.dtype], "shape": list(item.shape),
+                             "data_offsets": [place, place + item.nbytes]}
+        place += item.nbytes
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def safetensors_bytes(entries: Iterable[Entry], metadata: dict[str, str]) -> int:
+    """Size of the file `write_safetensors` would write."""
+    entries = _ordered(entries)
+    return len(_header(entries, metadata)) + sum(item.nbytes for item in entries)
+
+
+@torch.no_grad()
+def write_safetensors(path: Path, entries: Iterable[Entry], metadata: dict[str, str]) -> dict[str, Any]:
+    """Write and fsync a safetensors file in a stream; returns {"bytes", "sha256"} of what was written.
+
+    Not the library's `save_file`: that wants all tensors in host memory, hashes nothing and makes files that only their
+    owner can read.
+    """
+    entries = _ordered(entries)
+    with HashingFile(path) as file:
+        file.write(_header(entries, metadata))
+        for item in entries:
+            tensor = item.read().detach()
+            assert tensor.numel() == math.prod(item.shape) and tensor.dtype == item.dtype, item.name
+            for part in tensor.reshape(-1).split(_CHUNK) if tensor.numel() else ():
+                file.write(part.cpu().contiguous().view(torch.uint8).numpy().data)
+    return {"bytes": file.nbytes, "sha256": file.sha256}
+
+
+class Reader:
+    """safetensors files of one folder, opened when first needed; slices are read without the rest."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self._open: dict[str, Any] = {}
+
+    def file(self, name: str) -> Any:
+        """The open file; raises `CheckpointError` naming it when it cannot be read."""
+        if name not in self._open:
+            from safetensors import SafetensorError, safe_open
+
+            path = self.folder / name
+            try:
+                self._open[name] = safe_open(str(path), framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(f"{path} cannot be read as safetensors ({error}).",
+                                      "another checkpoint of the run") from None
+        return self._open[name]
+
+    def names(self, file: str) -> set[str]:
+        return set(self.file(file).keys())
+
+    def shape(self, file: str, name: str) -> tuple[int, ...]:
+        return tuple(self.file(file).get_slice(name).get_shape())
+
+    def slice(self, file: str, name: str, start: int, stop: int) -> torch.Tensor:
+        """Elements [start, stop) of a one-dimensional tensor."""
+        return self.file(file).get_slice(name)[start:stop]
+
+    def tensor(self, file: str, name: str) -> torch.Tensor:
+        return self.file(file).get_tensor(name)
