@@ -204,7 +204,8 @@ class Trainer:
         """Scalars and a console line (all ranks participate: sums over ranks, and the bad-sample budget)."""
         state = self.state
         values = self.meter.read(self.flops_per_sample, self.peak)
-        values |= {"train/lr": self.lr, "train/grad_norm": float(result.grad_norm), "train/skipped_steps": state.skipped_steps,
+        values |= {"train/lr": self.lr, "train/grad_norm": float(result.grad_norm),
+                   "train/skipped_steps": state.skipped_steps,
                    "train/epoch": state.seen / self.loader.size, "samples_seen": state.seen}
         values |= self.loader.audit(state.seen)
         self.scalars.write(state.step, values)
