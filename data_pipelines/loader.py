@@ -101,7 +101,7 @@ class TrainLoader:
         self.close()
         self.ledger.forget(seen)
         self._running = stream(self._work, self._tasks(seen), workers=self.settings.workers,
-                               prefetch=self.settings.prefetch, pin_memory=self._pin, describe=self._describe,
+                               prefetch=self.settings.prefetch, pin_memory=self._pin, describe=self.describe,
                                timeout=self.settings.worker_timeout_seconds)
         self._ahead = start_ahead(self.order, self.sources, self.settings, self.world, seen,
                                   global_batch_size=self.global_batch_size)
@@ -153,7 +153,8 @@ class TrainLoader:
                 yield table[start:start + self.micro_batch_size]
             seen += self.global_batch_size
 
-    def _describe(self, x: int) -> str:
+    def describe(self, x: int) -> str:
+        """Which sample global sample number `x` is, in words: key, shard, source."""
         places = self.order.place(np.array([x]))
         found = self.sources[int(places.source[0])].describe(int(places.shard[0]), int(places.index[0]))
         return f"sample {x}: {found['key']} of {found['shard']} (source `{found['source']}`)"

@@ -19,7 +19,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -123,13 +123,20 @@ class Run:
 
     # ------------------------------------------------------------------------------------------- ownership
 
-    def begin(self, world_size: int, config_yaml: str) -> Attempt:
-        """Claim the folder for this start. Raises `RunError` when another job may still be writing it."""
+    def begin(self, world_size: int, config_yaml: str, elsewhere: Callable[[], str] = lambda: "") -> Attempt:
+        """Claim the folder for this start. Raises `RunError` when another job may still be writing it.
+
+        `elsewhere` names the place outside the folder that holds checkpoints of the run, which overwriting would not set
+        aside ("" = there are none).
+        """
         job, restarts = scheduler_job(os.environ)
         attempts = self.attempts()
         if attempts:
             self._may_follow(attempts[-1], job)
         same_job = bool(attempts and job and attempts[-1].job == job)
+        if self.settings.overwrite and not same_job and (place := elsewhere()):
+            raise RunError(f"run.overwrite=true keeps the old run by renaming its folder, but its checkpoints lie in {place}.",
+                           "another checkpoint.dir; or move or remove them there; or another run.name")
         if self.settings.overwrite and self.has_checkpoints() and not same_job:
             attempts = self._set_aside()
         (self.folder / "attempts").mkdir(parents=True, exist_ok=True)

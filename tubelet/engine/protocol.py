@@ -140,6 +140,10 @@ class Loader(Protocol):
         """This rank's micro-batches from global sample number `seen` on, without end. O(1) in `seen`."""
         ...
 
+    def describe(self, x: int) -> str:
+        """Which sample global sample number `x` is, in words: key, shard."""
+        ...
+
     def consume(self, batch: Batch) -> None:
         """A finished step has consumed this micro-batch: its bad samples are counted now."""
         ...

@@ -2,66 +2,59 @@
 
 Legend: G global batch, m micro-batch, n micro-batches per rank and step, W ranks: G = n * m * W. `state.step` counts
 global batches consumed; learning rate, evaluation, saving and every x-axis are functions of it.
+
+Between two steps all ranks agree in one small sum (`agree`): has anybody been asked to leave, failed to read, finished
+writing, and what was the mean loss. Everything else that a step costs beside forward, backward and update happens at log
+steps.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from tubelet import dist
-from tubelet.engine.checkpoint.folder import prune
 from tubelet.engine.checkpoint.load import FROM_SETTINGS, restore
-from tubelet.engine.checkpoint.save import save as save_checkpoint
+from tubelet.engine.deadline import Deadline
 from tubelet.engine.digest import DigestFile
 from tubelet.engine.ema import ShardedEma
 from tubelet.engine.evaluate import evaluate, to_device
-from tubelet.engine.metrics import Console, Meter, Scalars, peak_tflops
+from tubelet.engine.guard import Guard, LossProbe, poisoned, record_jump
+from tubelet.engine.keeper import Keeper
+from tubelet.engine.phases import Phases
 from tubelet.engine.protocol import Batch, Engine, EvalLoader, Loader, StepResult
 from tubelet.engine.schedule import learning_rate
 from tubelet.engine.settings import EngineSettings
 from tubelet.engine.signals import StopFlag
-from tubelet.errors import EXIT_PREEMPTED, TubeletError
+from tubelet.engine.state import Beginning, Stopped, TrainState
+from tubelet.engine.trackers import Trackers
+from tubelet.engine.view import View
+from tubelet.engine.watchdog import Watchdog
+from tubelet.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, RunError, TubeletError
 from tubelet.runs import Run
 from tubelet.seeding import hash_seed
 
-
-@dataclass
-class TrainState:
-    """Everything beside weights, moments and EMA that is needed to go on. Saved in every checkpoint's manifest."""
-
-    step: int = 0
-    """Global batches consumed and not rolled back."""
-    seen: int = 0
-    """Samples consumed by finished steps: the position in the data."""
-    skipped_steps: int = 0
-    """Batches consumed without an update, because the gradient was not finite."""
+__all__ = ["Beginning", "Stopped", "TrainState", "Trainer"]
 
 
 @dataclass
-class Beginning:
-    """Where weights and position come from, decided once by the program (see `Trainer.begin`)."""
+class Verdict:
+    """What all ranks do at a step boundary, decided by all together."""
 
-    kind: str
-    """"resume", "fork", "weights" or "scratch"."""
-    folder: Path | None = None
-    """The checkpoint to restore, for "resume" and "fork"."""
-    state: TrainState | None = None
-    notes: Sequence[str] = ()
-    """Sentences for the user: rejected checkpoints, changed settings."""
-
-
-class Stopped(Exception):  # not an error: saved and asked to leave
-    """Raised on all ranks after a signal, once everything is saved."""
-
-    def __init__(self, code: int, reason: str):
-        super().__init__(reason)
-        self.code, self.reason = code, reason
+    leave: int = 0
+    """Exit code to leave with after saving; 0 = go on."""
+    save: bool = False
+    publish: bool = False
+    """The checkpoint in flight is written on all ranks."""
+    back: str | None = None
+    """Why to go back to an earlier checkpoint."""
+    reason: str = ""
 
 
 class Trainer:
@@ -70,44 +63,51 @@ class Trainer:
     def __init__(self, settings: EngineSettings, *, run: Run, world: dist.World, engine: Engine, objective: Any,
                  loader: Loader, micro_batch_size: int, total_steps: int, beginning: Beginning, manifest: dict[str, Any],
                  eval_loaders: Sequence[EvalLoader] = (), flops_per_sample: float = 0.0, input_shape: Sequence[int] = (),
-                 on_eval: Callable[[Any, int, Scalars], None] | None = None):
+                 on_eval: Callable[[Any, int, Trackers], None] | None = None, phases: Phases | None = None,
+                 stop: StopFlag | None = None):
         self.settings, self.run, self.world, self.engine, self.objective = settings, run, world, engine, objective
         self.loader, self.eval_loaders, self.on_eval = loader, eval_loaders, on_eval
-        self.total_steps, self.flops_per_sample, self.input_shape = total_steps, flops_per_sample, input_shape
-        self.micro_batch_size = micro_batch_size
+        self.total_steps, self.input_shape, self.micro_batch_size = total_steps, input_shape, micro_batch_size
         self.accumulation = settings.global_batch_size // (micro_batch_size * world.size)
-        self.beginning, self.manifest = beginning, manifest
-        self.state = beginning.state or TrainState()
-        self.ema = ShardedEma(engine, settings.ema.decay) if settings.ema else None
-        self.peak = settings.peak_tflops or peak_tflops(engine.device)
-        self.meter = Meter(engine.device, world)
+        self.beginning, self.state = beginning, beginning.state or TrainState()
+        self.phases, self.stop = phases or Phases(), stop
+        self.ema = ShardedEma(engine, settings.ema) if settings.ema else None
+        self.guard, self.probe = Guard(settings.guard), LossProbe(engine.device)
+        self.keeper = Keeper(run, settings, engine, manifest)
+        self.deadline = Deadline(settings)
+        self.view = View(settings, run=run, world=world, engine=engine, phases=self.phases, total_steps=total_steps,
+                         flops_per_sample=flops_per_sample, manifest=manifest)
         self.trouble: TubeletError | None = None
-        self.saved_step, self.saved_at = -1, time.monotonic()
+        self.evaluated_step = -1
         self.results: dict[str, float] = {}
 
     def fit(self) -> dict[str, float]:
         """Train until `total_steps`; returns the last evaluation. All ranks call it. Raises `Stopped` on a signal."""
         settings, state = self.settings, self.state
-        self.begin()
-        self.rehearse()
-        self.open_logs()
-        stream = self.loader.batches(state.seen)
-        with StopFlag(settings.preempt_grace_seconds) as stop:
-            while state.step < self.total_steps:
-                batches = self.fetch(stream)
-                leave, save_now = self.agree(stop)  # all ranks decide together, at a step boundary
-                if save_now or leave:
+        with self.watched() as stop:
+            self.begin()
+            self.rehearse()
+            self.open()
+            while True:
+                batches = self.fetch()  # nothing at the end
+                verdict = self.agree(stop)  # all ranks decide together, at a step boundary
+                if verdict.back:
+                    self.go_back(verdict.back)
+                    continue
+                if verdict.publish:
+                    self.publish()
+                if self.due(settings.eval_every):
+                    self.evaluate()
+                if verdict.save or verdict.leave or self.due(settings.save_every):
                     self.save()
-                if leave:
-                    self.leave(leave, stop.reason)
+                if verdict.leave:
+                    self.leave(verdict)
+                if state.step == self.total_steps:
+                    break
                 result = self.train_step(batches)  # forward, backward n times; clip, update
                 self.advance(batches, result)  # state, EMA, ledger
                 if state.step % settings.log_every == 0 or state.step == self.total_steps:
                     self.log(result)
-                if self.due(settings.eval_every):
-                    self.evaluate()
-                if self.due(settings.save_every):
-                    self.save()
             self.finish()
         return self.results
 
@@ -120,13 +120,14 @@ class Trainer:
         for note in self.beginning.notes if self.world.speaks else ():
             print(note, flush=True)
         if self.beginning.folder is not None:
-            average = self.ema.tensors() if self.ema else None
-            restored = restore(self.beginning.folder, self.engine, average, keep=FROM_SETTINGS)  # weight decay may change
+            with self.phases("restore"), dist.patience("save"):
+                average = self.ema.tensors() if self.ema else None
+                restored = restore(self.beginning.folder, self.engine, average, keep=FROM_SETTINGS)
             if self.world.speaks:
                 restored.show(self.beginning.kind, self.beginning.folder, asdict(self.state))
                 self.run.event(self.beginning.kind, folder=str(self.beginning.folder), **asdict(self.state))
         if self.beginning.kind == "resume":
-            self.saved_step = self.state.step
+            self.keeper.saved_step = self.evaluated_step = self.state.step
 
     def rehearse(self) -> None:
         """One forward pass on zeros, so that shape errors and out-of-memory show before the first batch is read."""
@@ -140,34 +141,49 @@ class Trainer:
             self.objective.evaluate(self.engine.model, to_device(batch, self.engine.device))
         self.engine.train()
 
-    def open_logs(self) -> None:
-        """Scalars, digest and console; what was logged after the restored step is dropped, so no curve overlaps."""
-        step, speaks = self.state.step, self.world.speaks
-        self.scalars = Scalars(self.run.folder, step=step, enabled=speaks)
-        self.digest = DigestFile(self.run.folder, step, speaks) if self.settings.digest else None
-        self.console = Console(total=self.total_steps, step=step, enabled=speaks, title=self.run.settings.name)
-        self.meter.reset()
+    def open(self) -> None:
+        """Logs and data; what was logged after the restored step is dropped, so no curve overlaps."""
+        self.view.open(self.state)
+        self.digest = DigestFile(self.run.folder, self.state.step, self.world.speaks) if self.settings.digest else None
+        self.stream = self.loader.batches(self.state.seen)
+        self.phases.moved(self.state.step)
 
-    def fetch(self, stream: Iterator[Batch]) -> list[Batch]:
+    def fetch(self) -> list[Batch]:
         """This rank's n micro-batches of the next step. A reader's failure is kept for `agree`, so that no rank hangs."""
-        started = time.perf_counter()
-        try:
-            return [next(stream) for _ in range(self.accumulation)]
-        except TubeletError as error:
-            self.trouble = error
+        if self.state.step == self.total_steps:
             return []
-        finally:
-            self.meter.data_seconds += time.perf_counter() - started
+        with self.phases("data"):
+            try:
+                return [next(self.stream) for _ in range(self.accumulation)]
+            except TubeletError as error:
+                self.trouble = error
+                return []
 
-    def agree(self, stop: StopFlag) -> tuple[int, bool]:
-        """(exit code to leave with or 0, whether to save now), equal on all ranks; a few bytes over the network."""
-        minutes = self.settings.save_every_minutes
-        due = bool(minutes) and self.world.speaks and time.monotonic() - self.saved_at > 60 * (minutes or 0)
-        code, trouble, save_now = dist.maxima([float(stop.code), float(self.trouble is not None), float(due)])
-        if trouble:
-            self.save()
+    def agree(self, stop: StopFlag) -> Verdict:
+        """What to do at this boundary, equal on all ranks: the one collective that a step costs beside training."""
+        loss = self.probe.read() if self.last_applied is not None else 0.0
+        bad, minutes = not math.isfinite(loss), self.settings.save_every_minutes
+        speaks = self.world.speaks
+        late = speaks and self.deadline.due(self.keeper.longest_seconds, self.view.step_seconds)
+        old = speaks and bool(minutes) and time.monotonic() - self.keeper.saved_at > 60 * (minutes or 0)
+        with self.phases("wait"):
+            asked, interrupted, failed, late, old, ready, nonfinite, total = dist.sums([
+                float(stop.code == EXIT_PREEMPTED), float(stop.code == EXIT_INTERRUPTED), float(self.trouble is not None),
+                float(late), float(old), float(self.keeper.ready()), float(bad), 0.0 if bad else loss])
+        if failed:
+            self.keep_all()
             dist.together(self.raise_trouble)
-        return int(code), bool(save_now)
+        verdict = Verdict(save=bool(old), publish=ready == self.world.size)
+        if self.last_applied is not None:
+            mean = math.nan if nonfinite else total / self.world.size
+            verdict.back = self.guard.judge(self.state.step - 1, mean, self.last_applied)
+            self.last_applied = None
+        if asked or interrupted or late:
+            verdict.leave = EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
+            verdict.reason = stop.reason or ("a signal on another rank" if asked or interrupted else self.deadline.reason)
+        return verdict
+
+    last_applied: bool | None = None  # of the step that `agree` has not judged yet
 
     def raise_trouble(self) -> None:
         if self.trouble is not None:
@@ -176,60 +192,116 @@ class Trainer:
     def train_step(self, batches: Sequence[Batch]) -> StepResult:
         """One update from one global batch. Random numbers depend on (seed, step, micro-batch) alone, not on ranks."""
         first = self.world.rank * self.accumulation
-        for number, batch in enumerate(batches):
-            torch.manual_seed(hash_seed(self.settings.seed, self.state.step, first + number))
-            output = self.objective(self.engine.model, to_device(batch, self.engine.device))
-            self.engine.backward(output["loss"])
-            self.meter.add(output)
-        self.lr = learning_rate(self.state.step, self.settings.schedule, self.settings.optimizer.lr, self.total_steps)
-        return self.engine.step(self.lr)
+        self.losses = []
+        with self.phases("compute"), self.view.profiler.step(self.state.step - self.view.first_step):
+            for number, batch in enumerate(batches):
+                torch.manual_seed(hash_seed(self.settings.seed, self.state.step, first + number))
+                with self.view.own_time():
+                    output = self.objective(self.engine.model, to_device(batch, self.engine.device))
+                self.engine.backward(poisoned(output["loss"]))
+                self.view.meter.add(output)
+                self.losses.append(output["loss"].detach())
+            self.lr = learning_rate(self.state.step, self.settings.schedule, self.settings.optimizer.lr, self.total_steps)
+            result = self.engine.step(self.lr)
+        self.probe.put(self.losses)
+        return result
 
     def advance(self, batches: Sequence[Batch], result: StepResult) -> None:
         """The step is done: count it. A skipped update consumed its batch all the same; the EMA is left alone then."""
         state = self.state
+        if not result.applied:
+            self.tell_skipped(batches)
         state.step += 1
         state.seen += self.settings.global_batch_size
         state.skipped_steps += not result.applied
+        self.last_applied = result.applied
         if self.ema and result.applied:
-            self.ema.update()
+            self.ema.update(state.step - state.skipped_steps)
         for batch in batches:
             self.loader.consume(batch)
         if self.digest:
             self.digest.write(state.step, batches)
-        self.meter.steps += 1
-        self.meter.samples += self.settings.global_batch_size
-        self.console.advance(state.step)
+        self.phases.moved(state.step)
+        self.view.advance(state, batches)
+
+    def tell_skipped(self, batches: Sequence[Batch]) -> None:
+        """Write down which samples an update was skipped for (all ranks; DeepSpeed skips without a word)."""
+        mine = [batch["ids"].tolist() for batch, loss in zip(batches, self.losses) if not math.isfinite(float(loss))]
+        bad = {rank: ids for rank, own in enumerate(dist.gather(mine)) for ids in [sum(own, [])] if ids}
+        if not self.world.speaks:
+            return
+        ids = sorted(sum(bad.values(), [])) or range(self.state.seen, self.state.seen + self.settings.global_batch_size)
+        self.run.event("skipped", step=self.state.step, samples=[self.state.seen, self.state.seen
+                       + self.settings.global_batch_size], ranks_with_bad_loss=list(bad),
+                       what="loss" if bad else "gradient", keys=[self.loader.describe(x) for x in ids])
+        self.view.console.say(f"warning: step {self.state.step} was skipped: its {'loss' if bad else 'gradient'} is not "
+                              f"finite ({len(ids)} samples, see events.jsonl)")
+
+    def go_back(self, reason: str) -> None:
+        """Restore the last good checkpoint and leave out the data that was consumed since (all ranks participate)."""
+        state, settings, trouble = self.state, self.settings, self.guard.first_step
+        self.publish()
+        rollbacks = state.rollbacks + 1
+        if rollbacks > settings.guard.max_rollbacks:
+            raise RunError(f"Training does not go on: {reason}, after the run had gone back {state.rollbacks} time(s) "
+                           f"(guard.max_rollbacks={settings.guard.max_rollbacks}) without getting past step {trouble}.",
+                           f"a smaller optimizer.lr or a longer schedule.warmup_steps; look at {self.run.folder}/events.jsonl")
+        earlier = state.jumps[-1]["step"] if state.rollbacks and state.jumps else trouble + 1
+        with self.phases("restore"), dist.patience("save"):
+            try:
+                folder, found = self.keeper.before(min(trouble, earlier))
+            except TubeletError as error:
+                if not state.rollbacks:
+                    raise type(error)(f"Training does not go on: {reason}. {error.problem}", error.hint) from None
+                folder, found = self.keeper.before(trouble)  # nothing older is left: once more from the same one
+            restore(folder, self.engine, self.ema.tensors() if self.ema else None, keep=FROM_SETTINGS)
+            jump = {"step": found.step, "seen": found.seen, "to": state.seen}
+            lost = state.step - found.step
+            for name, value in asdict(found).items():
+                setattr(state, name, value)
+            state.seen, state.rollbacks, state.trouble_step = jump["to"], rollbacks, trouble
+            state.jumps = [*found.jumps, jump]
+            if self.world.speaks:
+                record_jump(self.run.folder, {**jump, "rollbacks": rollbacks, "trouble_step": trouble, "reason": reason})
+            aside = self.keeper.went_back(state)
+        if self.world.speaks:
+            self.run.event("rollback", reason=reason, folder=str(folder), steps_lost=lost, set_aside=aside, **jump)
+            self.view.console.say(f"warning: {reason}. Back to step {state.step} ({folder.name}); samples {jump['seen']} to "
+                                  f"{jump['to']} are left out, {lost} steps are lost")
+        self.evaluated_step, self.last_applied = state.step, None
+        self.guard.reset()
+        self.view.rewind(state, lost)
+        if self.digest:
+            self.digest = DigestFile(self.run.folder, state.step, self.world.speaks)
+        self.stream = self.loader.batches(state.seen)
 
     def log(self, result: StepResult) -> None:
         """Scalars and a console line (all ranks participate: sums over ranks, and the bad-sample budget)."""
-        state = self.state
-        values = self.meter.read(self.flops_per_sample, self.peak)
-        values |= {"train/lr": self.lr, "train/grad_norm": float(result.grad_norm),
-                   "train/skipped_steps": state.skipped_steps,
-                   "train/epoch": state.seen / self.loader.size, "samples_seen": state.seen}
-        values |= self.loader.audit(state.seen)
-        self.scalars.write(state.step, values)
-        self.console.report(state.step, values)
-        self.meter.reset()
+        with self.phases("log"):
+            state = self.state
+            values = {"train/lr": self.lr, "train/grad_norm": float(result.grad_norm),
+                      "train/skipped_steps": state.skipped_steps, "train/epoch": state.seen / self.loader.size,
+                      "samples_seen": state.seen}
+            self.view.log(state, values | self.loader.audit(state.seen))
 
     def due(self, every: int | None) -> bool:
-        return bool(every) and self.state.step % (every or 1) == 0 and self.state.step < self.total_steps
+        """Whether something that happens every so many steps happens now; at the end `finish` does everything."""
+        return bool(every) and 0 < self.state.step < self.total_steps and self.state.step % (every or 1) == 0
 
     def evaluate(self) -> None:
         """All validation sets, with the weights and with their average (all ranks participate)."""
-        started = time.perf_counter()
-        results = self.evaluate_weights("val")
-        if self.ema:
-            with self.ema.swapped():
-                results |= self.evaluate_weights("val_ema")
-        if self.on_eval:
-            self.on_eval(self.engine.model, self.state.step, self.scalars)
-        if results:
-            self.scalars.write(self.state.step, results)
-            shown = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
-            self.console.say(f"step {self.state.step}  {shown}")
-        self.results = results
-        self.meter.other_seconds += time.perf_counter() - started
+        if self.evaluated_step == self.state.step:
+            return
+        with self.phases("evaluate"), dist.patience("evaluate"):
+            results = self.evaluate_weights("val")
+            if self.ema:
+                with self.ema.swapped():
+                    results |= self.evaluate_weights("val_ema")
+            if self.on_eval:
+                self.on_eval(self.engine.model, self.state.step, self.view.trackers)
+        self.evaluated_step, self.results = self.state.step, results
+        self.view.evaluated(self.state, results)
+        self.remember_best(results)
 
     def evaluate_weights(self, prefix: str) -> dict[str, float]:
         results = {}
@@ -239,50 +311,84 @@ class Trainer:
             results |= {f"{group}/{name}": value for name, value in found.items()}
         return results
 
-    def save(self) -> None:
-        """Publish a checkpoint of this step, then prune (all ranks participate; a failure on one is raised on all)."""
-        if self.saved_step == self.state.step:
+    def remember_best(self, results: dict[str, float]) -> None:
+        """`checkpoint.best`: an evaluation better than all before is saved at once, and kept."""
+        wanted, best = self.settings.checkpoint.best, self.state.best
+        if wanted is None or not results:
             return
-        started = time.perf_counter()
-        extra = {**self.manifest, "state": asdict(self.state), "total_steps": self.total_steps}
-        save_checkpoint(self.run.folder, self.engine, step=self.state.step, ema=self.ema.tensors() if self.ema else None,
-                        extra=extra, before_commit=self.run.check_current)
-        dist.together(self.prune)
-        self.saved_step, self.saved_at = self.state.step, time.monotonic()
-        seconds = time.perf_counter() - started
-        self.meter.other_seconds += seconds
-        self.scalars.write(self.state.step, {"ckpt/save_seconds": seconds})
-        self.scalars.flush()
+        if wanted.metric not in results:
+            raise RunError(f"`checkpoint.best.metric` is {wanted.metric!r}, but the evaluation gives {', '.join(results)}.",
+                           f"checkpoint.best.metric={next(iter(results))}")
+        value = results[wanted.metric]
+        if best and best.get("metric") == wanted.metric:
+            better = value > best["value"] if wanted.mode == "max" else value < best["value"]
+            if not better:
+                return
+        self.state.best = {"metric": wanted.metric, "value": value, "step": self.state.step}
+        self.save()
 
-    def prune(self) -> None:
-        if self.world.speaks:
-            prune(self.run.folder, keep_last=self.settings.keep_last, keep_every=self.settings.keep_every,
-                  before_delete=self.run.check_current)
+    def save(self) -> None:
+        """Begin a checkpoint of this step; it is published now, or at a later boundary when its files are written (all
+        ranks participate; a failure on one is raised on all)."""
+        step = self.state.step
+        if self.keeper.saved_step == step:
+            return
+        with self.phases("save"), dist.patience("save"):
+            started = time.perf_counter()
+            self.keeper.start(self.state, self.ema.tensors() if self.ema else None, self.total_steps)
+            self.view.saved(self.state, stall=time.perf_counter() - started, whole=self.keeper.saver.last_seconds
+                            if self.keeper.saver.in_flight is None else None)
 
-    def leave(self, code: int, reason: str) -> None:
-        """Everything is saved: say so and stop on all ranks together."""
+    def publish(self) -> None:
+        """Publish the checkpoint that is being written, if there is one, then prune (all ranks participate)."""
+        with self.phases("save"), dist.patience("save"):
+            if self.keeper.publish():
+                self.view.saved(self.state, whole=self.keeper.saver.last_seconds)
+
+    def keep_all(self) -> None:
+        """Save this step and wait until it is published."""
+        self.save()
+        self.publish()
+
+    def leave(self, verdict: Verdict) -> None:
+        """Save, wait for it, say so and stop on all ranks together."""
+        self.publish()
         self.close()
         if self.world.speaks:
-            restart = "the scheduler may restart it" if code == EXIT_PREEMPTED else "start it again to go on"
-            print(f"{reason or 'a signal on another rank'}: saved at step {self.state.step}, leaving with exit code "
-                  f"{code}; {restart}", flush=True)
-            self.run.end("preempted", code, step=self.state.step)
+            restart = "the scheduler may restart it" if verdict.leave == EXIT_PREEMPTED else "start it again to go on"
+            print(f"{verdict.reason}: saved at step {self.state.step}, leaving with exit code {verdict.leave}; {restart}",
+                  flush=True)
+            self.run.end("preempted", verdict.leave, step=self.state.step)
+        self.view.end(self.state, self.results)
         dist.barrier()
-        raise Stopped(code, reason)
+        raise Stopped(verdict.leave, verdict.reason)
 
     def finish(self) -> None:
         """The last evaluation and checkpoint."""
         self.evaluate()
-        self.save()
+        self.keep_all()
         told = self.loader.summary()
         if told:
-            self.console.say(told)
+            self.view.console.say(told)
         self.close()
         if self.world.speaks:
             self.run.end("finished", 0, step=self.state.step, results=self.results)
+        self.view.end(self.state, self.results)
         dist.barrier()
 
     def close(self) -> None:
-        self.console.close()
-        self.scalars.close()
+        self.keeper.close()
         self.loader.close()
+
+    @contextmanager
+    def watched(self) -> Iterator[StopFlag]:
+        """The loop's surroundings: signals become a flag, and somebody looks on whether all ranks move."""
+        settings, limits = self.settings, self.settings.watch.stall_seconds
+        with ExitStack() as stack:
+            stop = self.stop or stack.enter_context(StopFlag(settings.preempt_grace_seconds))
+            stop.arm(settings.preempt_grace_seconds)
+            stack.enter_context(Watchdog(
+                self.phases, settings.watch, self.world, folder=self.run.folder, event=self.run.event,
+                limits={"start": max(limits, settings.save_timeout_seconds), "restore": settings.save_timeout_seconds,
+                        "save": settings.save_timeout_seconds, "evaluate": settings.eval_timeout_seconds}))
+            yield stop

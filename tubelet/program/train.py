@@ -19,9 +19,13 @@ from data_pipelines.loader import TrainLoader, compare_fingerprints
 from tubelet import dist
 from tubelet.config import Loaded
 from tubelet.engine.build import build_engine
-from tubelet.engine.checkpoint.folder import choose
+from tubelet.engine.checkpoint.folder import choose, published
 from tubelet.engine.checkpoint.format import read_manifest
+from tubelet.engine.guard import apply_jumps
+from tubelet.engine.keeper import target_of
+from tubelet.engine.phases import Phases
 from tubelet.engine.schedule import check_schedule
+from tubelet.engine.signals import StopFlag
 from tubelet.engine.trainer import Beginning, Trainer, TrainState
 from tubelet.errors import CheckpointError, ConfigError, Problems, RunError
 from tubelet.models.build import build_model, hub_config, model_cfg, set_picture_cfg
@@ -33,18 +37,21 @@ from tubelet.redact import redact, redacted
 from tubelet.runs import Run, check_changes
 
 
-def train(loaded: Loaded[P], world: dist.World) -> dict[str, float]:
+def train(loaded: Loaded[P], world: dist.World, stop: StopFlag) -> dict[str, float]:
     """Train as the settings say; returns the last evaluation. All ranks call it."""
-    settings = loaded.settings
+    settings, phases = loaded.settings, Phases()
+    stop.arm(settings.preempt_grace_seconds)
     micro_batch_size = check(settings, world)
     said = redact(loaded.as_yaml())  # URLs of shards may be signed; what is printed and saved is read by others
     run = Run(settings.run)
-    device = dist.start(world, settings.timeout_seconds)
+    device = dist.start(world, settings.timeout_seconds, save_timeout_seconds=settings.save_timeout_seconds,
+                        eval_timeout_seconds=settings.eval_timeout_seconds)
     quiet()
     try:
         if settings.deterministic:
             make_deterministic()
-        dist.together(lambda: run.begin(world.size, said) if world.speaks else None)
+        dist.together(lambda: run.begin(world.size, said, lambda: checkpoints_elsewhere(settings, run))
+                      if world.speaks else None)
         if world.speaks:
             print(f"# {run.folder}, attempt {run.attempt.number if run.attempt else 0}, {world.size} process(es) on "
                   f"{device.type}, micro batch {micro_batch_size} x "
@@ -65,8 +72,9 @@ def train(loaded: Loaded[P], world: dist.World) -> dict[str, float]:
         hub = {**hub_config(model, settings.model), "pretrained_cfg": cfg}
         engine = build_engine(model, settings, world=world, device=device, micro_batch_size=micro_batch_size)
         objective = Classification(settings.objective, settings.model.num_classes, cfg["mean"], cfg["std"])
+        stop.raise_if_asked()
         trainer = Trainer(
-            settings, run=run, world=world, engine=engine, objective=objective, loader=data.train,
+            settings, run=run, phases=phases, stop=stop, world=world, engine=engine, objective=objective, loader=data.train,
             eval_loaders=data.val, micro_batch_size=micro_batch_size, total_steps=data.total_steps, beginning=beginning,
             flops_per_sample=flops, input_shape=shape,
             manifest={"config": redacted(settings.model_dump(mode="json")), "model_cfg": cfg, "hub_config": hub,
@@ -129,14 +137,25 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
+def checkpoints_elsewhere(settings: ProgramSettings, run: Run) -> str:
+    """`checkpoint.dir` when it already holds checkpoints, else ""."""
+    given = settings.checkpoint.dir
+    return given if given and published(target_of(settings, run)) else ""
+
+
 def decide_beginning(settings: ProgramSettings, run: Run, micro_batch_size: int) -> tuple[Beginning, dict[str, Any]]:
     """Where this start begins, and the manifest it continues from ({} if none). All ranks call it. In this order:
 
     1 the run's own newest checkpoint that verifies; 2 `init.from_run`; 3 `init.weights`; 4 from scratch.
     """
-    folder, notes = choose(run.folder)
+    target = target_of(settings, run)
+    folder, notes = choose(target)
     if folder is not None:
         manifest = read_manifest(folder)
+        writer = manifest["config"]["run"]["name"]
+        if settings.checkpoint.dir and writer != settings.run.name:
+            raise RunError(f"checkpoint.dir={settings.checkpoint.dir} holds checkpoints of run `{writer}`, not of "
+                           f"`{settings.run.name}`.", "a checkpoint.dir of this run's own; or init.from_run= that one to fork it")
         changed = check_changes(type(settings), manifest["config"], redacted(settings.model_dump(mode="json")),
                                 str(run.folder))
         notes = [*notes, *(f"changed since the checkpoint: {item}" for item in changed)]
@@ -145,10 +164,13 @@ def decide_beginning(settings: ProgramSettings, run: Run, micro_batch_size: int)
         if manifest["micro_batch_size"] != micro_batch_size:
             notes.append(f"micro batch {manifest['micro_batch_size']} -> {micro_batch_size}: the samples are the same; "
                          "drop-path draws and the groups of BatchNorm are others from here on")
-        return Beginning("resume", folder, TrainState(**manifest["state"]), notes), manifest
-    if run.has_checkpoints():
-        raise CheckpointError(f"No checkpoint in {run.folder} verifies:\n    " + "\n    ".join(notes),
-                              f"`tubelet ckpt verify {run.folder}`; or run.overwrite=true to begin anew (it is kept)")
+        state = dist.broadcast(apply_jumps(run.folder, TrainState(**manifest["state"])))
+        if state.seen != manifest["state"]["seen"]:
+            notes = [*notes, f"the run had gone back to this checkpoint: it goes on at sample {state.seen}"]
+        return Beginning("resume", folder, state, notes), manifest
+    if dist.broadcast(bool(published(target))):
+        raise CheckpointError(f"No checkpoint in {target} verifies:\n    " + "\n    ".join(notes),
+                              f"`tubelet ckpt verify {target}`; or run.overwrite=true to begin anew (it is kept)")
     if settings.init.from_run:
         other = Path(settings.init.from_run)
         folder, notes = choose(other.parent if other.name.startswith("step-") else other,

@@ -1,0 +1,149 @@
+"""What our trainer adds to a step: CPU time of a step beside the least that trains with DeepSpeed, in one run.
+
+    python benchmarks/engine.py [--quick] [--ranks 2] [--stage 1]
+
+Both train the same model on the same ranks in the same processes, in blocks of 20 steps, ABBA. Our blocks read, agree, train
+and count as `Trainer.fit` does, and log once a block. CPU milliseconds are summed over ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent / "tests")]
+
+import torch
+from bare_loop import BareLoop
+from common import machine
+from ranks import run_ranks
+
+LIMIT, BLOCK = 1.03, 20
+MODEL = {"embed_dim": 192, "depth": 12, "num_heads": 3, "img_size": 64, "num_classes": 100}
+
+
+class Pictures:
+    """A loader that has its batches already: one micro-batch, given again and again."""
+
+    fingerprint: dict[str, Any] = {}
+    size = 1 << 20
+
+    def __init__(self, micro_batch_size: int):
+        torch.manual_seed(0)
+        self.batch = {"ids": torch.arange(micro_batch_size), "labels": torch.randint(100, (micro_batch_size,)),
+                      "pixels": torch.randint(0, 256, (micro_batch_size, 3, 64, 64), dtype=torch.uint8)}
+
+    def batches(self, seen: int) -> Any:
+        while True:
+            yield dict(self.batch)
+
+    def describe(self, x: int) -> str:
+        return str(x)
+
+    def consume(self, batch: Any) -> None: ...
+
+    def audit(self, seen: int) -> dict[str, float]:
+        return {}
+
+    def summary(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def model() -> torch.nn.Module:
+    import timm
+
+    torch.manual_seed(0)
+    return timm.create_model("vit_tiny_patch16_224", **MODEL)
+
+
+def measure(world: Any, device: torch.device, folder: str, stage: int, pairs: int) -> list[dict[str, float]]:
+    """CPU seconds of this rank, for each block."""
+    from tubelet import dist
+    from tubelet.engine.build import build_engine
+    from tubelet.engine.settings import EngineSettings
+    from tubelet.engine.signals import StopFlag
+    from tubelet.engine.trainer import Beginning, Trainer
+    from tubelet.objectives.classification import Classification
+    from tubelet.objectives.settings import ObjectiveSettings
+    from tubelet.runs import Run, RunSettings
+
+    micro = 4
+    settings = EngineSettings(global_batch_size=micro * world.size * 2, optimizer={"lr": 1e-4}, precision="fp32",
+                              total_steps=10**6, log_every=BLOCK, zero={"stage": stage})
+    objective = Classification(ObjectiveSettings(), 100, (0.5,) * 3, (0.5,) * 3)
+    run = Run(RunSettings(name="bench", dir=folder, take_over=True))
+    dist.together(lambda: run.begin(world.size, "") if world.speaks else None)
+    engine = build_engine(model(), settings, world=world, device=device, micro_batch_size=micro)
+    trainer = Trainer(settings, run=run, world=world, engine=engine, objective=objective, loader=Pictures(micro),
+                      micro_batch_size=micro, total_steps=10**6, beginning=Beginning("scratch"), manifest={"config": {}})
+    bare = BareLoop(model(), settings, objective, world, device, micro)
+    stream = Pictures(micro).batches(0)
+    stop = StopFlag(60)
+    trainer.begin()
+    trainer.open()
+
+    def ours() -> None:
+        for _ in range(BLOCK):
+            batches = trainer.fetch()
+            trainer.agree(stop)
+            result = trainer.train_step(batches)
+            trainer.advance(batches, result)
+            if trainer.state.step % settings.log_every == 0:
+                trainer.log(result)
+
+    def theirs() -> None:
+        bare.steps(stream, BLOCK)
+
+    ours()
+    theirs()
+    rows = []
+    for pair in range(pairs):
+        row: dict[str, float] = {}
+        for name, action in (("ours", ours), ("bare", theirs)) if pair % 2 == 0 else (("bare", theirs), ("ours", ours)):
+            dist.barrier()
+            cpu, wall = time.process_time(), time.perf_counter()
+            action()
+            row[name], row[f"{name}_wall"] = time.process_time() - cpu, time.perf_counter() - wall
+        rows.append(row)
+    trainer.close()
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="3 pairs instead of 11")
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--stage", type=int, nargs="*", default=[1, 3])
+    arguments = parser.parse_args()
+    pairs, results, before = 3 if arguments.quick else 11, [], list(os.getloadavg())
+    for ranks in arguments.ranks:
+        for stage in arguments.stage:
+            with tempfile.TemporaryDirectory() as folder:
+                found = run_ranks(measure, ranks, folder, stage, pairs, timeout=3000)
+            blocks = [{key: sum(own[pair][key] for own in found) for key in found[0][pair]} for pair in range(pairs)]
+            ratios = [row["ours"] / row["bare"] for row in blocks]
+            row = {"ranks": ranks, "stage": stage, "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
+                   "ms_of_a_step": 1000 * statistics.median(r["ours"] for r in blocks) / BLOCK, "blocks": blocks}
+            results.append(row)
+            print(f"ZeRO-{stage} on {ranks} rank(s): {row['ms_of_a_step']:.1f} CPU ms a step, {row['ratio']:.4f} "
+                  f"({row['low']:.3f}-{row['high']:.3f}) of the bare loop  "
+                  f"(at most {LIMIT}: {'kept' if row['ratio'] <= LIMIT else 'MISSED'})", flush=True)
+    record = {"benchmark": "engine", "quick": arguments.quick, **machine(["torch", "deepspeed", "timm"]), "model": MODEL,
+              "steps_a_block": BLOCK, "pairs": pairs, "loadavg_before": before, "results": results,
+              "metric": "CPU seconds of all ranks for a block of steps"}
+    (HERE / "results").mkdir(exist_ok=True)
+    (HERE / "results" / "engine.json").write_text(json.dumps(record, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,170 @@
+"""A loss or gradient that is not finite, or a loss that jumps, on any rank: what the run then does, alike on all ranks."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from little_run import G, Objective, little_trainer, weights
+from programs import rows
+from ranks import run_ranks
+
+from tubelet.engine.checkpoint.folder import published
+from tubelet.engine.guard import Guard, apply_jumps, poisoned, record_jump
+from tubelet.engine.settings import GuardSettings
+from tubelet.engine.trainer import Beginning, TrainState
+from tubelet.errors import RunError, TubeletError
+
+
+def test_a_loss_that_is_not_finite_poisons_its_gradient_and_any_other_is_unchanged_to_the_bit():
+    x = torch.tensor([1.5, -2.0], requires_grad=True)
+    loss = (x * x).sum()
+    (grad,) = torch.autograd.grad(poisoned(loss), x, retain_graph=True)
+    assert poisoned(loss).equal(loss) and grad.equal(2 * x.detach())
+    (grad,) = torch.autograd.grad(poisoned((x[:1] * 0 + x[1:].detach().abs().log() / 0).sum()), x)
+    assert not torch.isfinite(grad[0])  # the gradient of the infinite loss alone would be 0
+
+
+def test_what_counts_as_trouble():
+    guard = Guard(GuardSettings(max_skipped=2, loss_spike=3.0, window=4))
+    for step in range(4):
+        assert guard.judge(step, 1.0 + step / 10, True) is None
+    assert guard.judge(4, 3.0, True) is None  # below three times the median
+    assert "loss of step 5" in guard.judge(5, 9.0, True) and guard.first_step == 5
+    guard.reset()
+    assert guard.judge(6, 9.0, True) is None  # too little seen to call it a spike
+    assert guard.judge(7, math.nan, False) is None
+    assert guard.judge(8, 1.0, True) is None  # not in a row
+    assert guard.judge(9, math.nan, False) is None
+    assert "first being step 9" in guard.judge(10, 1.0, False)
+    assert Guard(GuardSettings()).judge(0, 1e9, True) is None  # spikes are looked for on request
+
+
+def test_a_jump_is_made_again_when_the_job_was_killed_before_its_next_checkpoint(tmp_path):
+    state = TrainState(step=10, seen=40)
+    record_jump(tmp_path, {"step": 10, "seen": 40, "to": 60, "rollbacks": 1, "trouble_step": 14, "reason": "x"})
+    again = apply_jumps(tmp_path, state)
+    assert (again.seen, again.rollbacks, again.trouble_step) == (60, 1, 14)
+    assert again.jumps == [{"step": 10, "seen": 40, "to": 60}]
+    assert apply_jumps(tmp_path, TrainState(step=8, seen=32)) == TrainState(step=8, seen=32)
+    assert apply_jumps(tmp_path, TrainState(step=10, seen=64)) == TrainState(step=10, seen=64)  # an other step 10, later
+    record_jump(tmp_path, {"step": 10, "seen": 60, "to": 76, "rollbacks": 2, "trouble_step": 14, "reason": "x"})
+    assert apply_jumps(tmp_path, state).seen == 76
+
+
+def injected(world, device, folder, engine):
+    """Faults on the last rank alone. Returns what each run left, on this rank."""
+    found = {}
+    common = {**engine, "micro_batch_size": 1, "save_every": 2}
+    nan, inf = float("nan"), float("inf")
+    last = G - 1  # slot of the last rank in a global batch
+
+    def run(name, objective=None, **changes):
+        trainer = little_trainer(folder, world, device, name=name, objective=objective, total_steps=8, **{**common, **changes})
+        try:
+            trainer.fit()
+            error = None
+        except TubeletError as caught:
+            error = (type(caught).__name__, str(caught))
+            trainer.close()
+        found[name] = {"error": error, "state": trainer.state.__dict__, "consumed": trainer.loader.consumed}
+        values = weights(trainer)
+        if values is not None:
+            found[name]["weights"] = values.numpy()
+        close = getattr(trainer.engine, "close", None)
+        if close:
+            close()
+        return trainer
+
+    run("calm")
+    run("nan", Objective(poison={3 * G + last: nan}))
+    run("inf_gradient", Objective(gradient={3 * G + last: inf}))
+    run("in_a_row", Objective(poison={s * G + last: nan for s in (5, 6)}), guard={"max_skipped": 2})
+    spike = {"loss_spike": 50.0, "window": 4}
+    run("spike", Objective(poison={5 * G + last: 1e4}), guard=spike)
+    run("for_ever", Objective(poison={x: nan for x in range(5 * G + last, 999, G)}), guard={"max_skipped": 2, "max_rollbacks": 2})
+    run("at_once", Objective(poison={3 * G + last: nan}), guard={"max_skipped": 1, "max_rollbacks": 0})
+    return found
+
+
+CASES = [(1, {"engine": "plain"}), (2, {"engine": "plain"}), (1, {"engine": "zero"}), (2, {"engine": "zero", "zero": {"stage": 2}}),
+         (4, {"engine": "zero", "zero": {"stage": 3}})]
+
+
+@pytest.mark.parametrize(("size", "engine"), CASES, ids=["plain-1", "plain-2", "zero1-1", "zero2-2", "zero3-4"])
+def test_each_injected_fault_ends_as_specified_on_all_ranks(size, engine, tmp_path):
+    ranks = run_ranks(injected, size, tmp_path, engine)
+    first = ranks[0]
+    for name in first:
+        assert all(own[name]["state"] == first[name]["state"] for own in ranks), name
+        assert all(own[name]["error"] == first[name]["error"] for own in ranks), name
+
+    for name, what in (("nan", "loss"), ("inf_gradient", "gradient")):  # skipped, counted, its samples named; then on
+        assert first[name]["error"] is None
+        state = first[name]["state"]
+        assert (state["step"], state["seen"], state["skipped_steps"], state["rollbacks"]) == (8, 8 * G, 1, 0)
+        (event,) = [row for row in rows(tmp_path / name / "events.jsonl") if row["event"] == "skipped"]
+        assert event["step"] == 3 and event["what"] == what and event["samples"] == [3 * G, 4 * G]
+        assert event["ranks_with_bad_loss"] == ([size - 1] if what == "loss" else [])
+        assert f"sample {4 * G - 1}" in event["keys"] and np.isfinite(first[name]["weights"]).all()
+    np.testing.assert_array_equal(first["nan"]["weights"], first["inf_gradient"]["weights"])  # the same update left out
+
+    # two in a row at steps 5 and 6: back to step 4, on with the data after them
+    state = first["in_a_row"]["state"]
+    assert first["in_a_row"]["error"] is None and state["step"] == 8 and state["seen"] == 8 * G + 3 * G
+    assert state["jumps"] == [{"step": 4, "seen": 4 * G, "to": 7 * G}]
+    consumed = sorted(x for own in ranks for x in own["in_a_row"]["consumed"])
+    assert consumed == list(range(7 * G)) + list(range(7 * G, 11 * G))
+    # as if the run had been told so from the start: the weights of a run that is sent over the same data
+    (event,) = [row for row in rows(tmp_path / "in_a_row" / "events.jsonl") if row["event"] == "rollback"]
+    assert event["step"] == 4 and event["to"] == 7 * G and event["steps_lost"] == 3
+    steps = [row["step"] for row in rows(tmp_path / "in_a_row" / "metrics.jsonl") if "train/loss" in row]
+    assert steps == sorted(set(steps))  # curves do not overlap
+
+    # the loss of step 5 jumps and its update is made: weights from before it, the checkpoint after it set aside
+    state = first["spike"]["state"]
+    assert first["spike"]["error"] is None and state["jumps"] == [{"step": 4, "seen": 4 * G, "to": 6 * G}]
+    assert np.isfinite(first["spike"]["weights"]).all()
+
+    kind, text = first["for_ever"]["error"]
+    assert kind == "RunError" and "guard.max_rollbacks=2" in text and "Try:" in text
+    targets = [row["step"] for row in rows(tmp_path / "for_ever" / "events.jsonl") if row["event"] == "rollback"]
+    assert targets == [4, 2]  # the second time from one further back
+    assert [path.name[-1] for path in published(tmp_path / "for_ever")][0] == "2"
+
+    kind, text = first["at_once"]["error"]
+    assert kind == "RunError" and "guard.max_rollbacks=0" in text
+    assert published(tmp_path / "at_once")  # what was saved stays
+
+
+def test_a_run_that_went_back_equals_one_that_was_sent_over_the_same_data(tmp_path, one_thread):
+    from tubelet import dist
+
+    world = dist.World()
+    device = dist.start(world)
+    try:
+        back = little_trainer(tmp_path, world, device, name="back", total_steps=8, guard={"max_skipped": 2},
+                              objective=Objective(poison={s * G: float("nan") for s in (5, 6)}))
+        back.fit()
+        first = little_trainer(tmp_path, world, device, name="first", total_steps=4)
+        first.fit()
+        sent = little_trainer(tmp_path, world, device, name="sent", total_steps=8, beginning=Beginning(
+            "fork", published(tmp_path / "first")[-1], TrainState(step=4, seen=7 * G)))
+        sent.fit()
+        assert weights(back).equal(weights(sent)) and back.ema.tensors()[0].equal(sent.ema.tensors()[0])
+    finally:
+        dist.stop()
+
+
+def test_trouble_before_the_first_checkpoint_is_an_error_that_says_so(tmp_path, one_thread):
+    from tubelet import dist
+
+    world = dist.World()
+    device = dist.start(world)
+    try:
+        trainer = little_trainer(tmp_path, world, device, guard={"max_skipped": 1}, save_every=100,
+                                 objective=Objective(poison={G: float("nan")}))
+        with pytest.raises((RunError, TubeletError), match="no checkpoint before step"):
+            trainer.fit()
+    finally:
+        dist.stop()

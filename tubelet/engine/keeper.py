@@ -1,0 +1,106 @@
+"""The run's checkpoints as the loop sees them: begin a save, publish it when its files are written, prune, go back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tubelet import dist
+from tubelet.engine.checkpoint import folder as folders
+from tubelet.engine.checkpoint.folder import choose, prune, set_rolled_back, step_of, write_best
+from tubelet.engine.checkpoint.format import read_manifest
+from tubelet.engine.checkpoint.place import place
+from tubelet.engine.checkpoint.save import Saver
+from tubelet.engine.protocol import Engine
+from tubelet.engine.settings import EngineSettings
+from tubelet.engine.state import TrainState
+from tubelet.errors import CheckpointError
+from tubelet.runs import Run
+
+
+def target_of(settings: EngineSettings, run: Run) -> Path:
+    """Where this run's checkpoints lie: `checkpoint.dir`, or the run's folder."""
+    return place(settings.checkpoint.dir or run.folder, settings.checkpoint.storage)
+
+
+class Keeper:
+    """One a run; all ranks build it and call everything of it in step, unless it says otherwise."""
+
+    def __init__(self, run: Run, settings: EngineSettings, engine: Engine, manifest: dict[str, Any]):
+        self.run, self.settings, self.engine, self.manifest = run, settings, engine, manifest
+        self.target = target_of(settings, run)
+        self.saver = Saver(self.target, engine, settings.checkpoint, before_commit=run.check_current)
+        self.saved_step = -1
+        self.saved_at = time.monotonic()
+        self.longest_seconds = 0.0
+
+    def start(self, state: TrainState, average: Sequence[torch.Tensor] | None, total_steps: int) -> None:
+        """Begin a checkpoint of `state`, between steps; one that is being written is published first. Returns when the
+        state has been copied aside, or, written synchronously, when it is published."""
+        if self.saved_step == state.step:
+            return
+        self.publish()
+        if state.step > state.trouble_step:
+            state.rollbacks = 0  # beyond the trouble it last went back for
+        extra = {**self.manifest, "state": asdict(state), "total_steps": total_steps}
+        self.saver.start(state.step, list(average) if average is not None else None, extra)
+        self.saved_step, self.saved_at, self._best = state.step, time.monotonic(), dict(state.best)
+        if self.saver.in_flight is None:
+            self._published()
+
+    def ready(self) -> bool:
+        """This rank's files are written. No communication."""
+        return self.saver.in_flight is not None and self.saver.ready()
+
+    def publish(self) -> bool:
+        """Wait for the checkpoint that is being written and publish it; False when there is none. A failure on one rank is
+        raised on all."""
+        if self.saver.in_flight is None:
+            return False
+        self.saver.finish()
+        self._published()
+        return True
+
+    def _published(self) -> None:
+        self.longest_seconds = max(self.longest_seconds, self.saver.last_seconds)
+        dist.together(self._tidy)
+
+    def _tidy(self) -> None:
+        if self.engine.world.rank != 0:
+            return
+        best, settings = self._best, self.settings
+        if best and best["step"] == self.saved_step:
+            write_best(self.target, self.target / folders.folder_name(self.saved_step), best["metric"], best["value"])
+        prune(self.target, keep_last=settings.keep_last, keep_every=settings.keep_every,
+              keep_milestones=settings.keep_milestones, before_delete=self.run.check_current)
+
+    def before(self, step: int) -> tuple[Path, TrainState]:
+        """The newest checkpoint below `step` that verifies, and its state. Raises `CheckpointError` when there is none."""
+        folder, notes = choose(self.target, before=step)
+        if folder is None:
+            raise CheckpointError(f"There is no checkpoint before step {step} to go back to. {' '.join(notes)}".rstrip(),
+                                  "a smaller save_every, a smaller learning rate or a longer warm-up; the data of the steps "
+                                  f"is named in {self.run.folder / 'events.jsonl'}")
+        return folder, TrainState(**read_manifest(folder)["state"])
+
+    def went_back(self, state: TrainState) -> list[str]:
+        """Checkpoints after `state.step` are no longer this run's: they are set aside. Returns their names."""
+        self.saved_step = state.step
+
+        def rename() -> list[str]:
+            if self.engine.world.rank != 0:
+                return []
+            self.run.check_current()
+            return [f"step {step_of(path)}" if step_of(path) >= 0 else path.name
+                    for path in set_rolled_back(self.target, state.step)]
+
+        return dist.together(rename)
+
+    def close(self) -> None:
+        """End the writer; what is not published by now never is."""
+        self.saver.close()

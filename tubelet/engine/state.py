@@ -1,0 +1,49 @@
+"""What a run in progress is: its counts, where it began, and how it is left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class TrainState:
+    """Everything beside weights, moments and EMA that is needed to go on. Saved in every checkpoint's manifest."""
+
+    step: int = 0
+    """Global batches consumed and not rolled back."""
+    seen: int = 0
+    """Samples consumed by finished steps, or jumped over: the position in the data."""
+    skipped_steps: int = 0
+    """Batches consumed without an update, because the loss or the gradient was not finite."""
+    jumps: list[dict[str, Any]] = field(default_factory=list)
+    """Data left out by going back: {"step", "seen", "to"}: at `step` the position went from `seen` to `to`."""
+    rollbacks: int = 0
+    """Times the run went back and has not saved anything beyond the trouble since."""
+    trouble_step: int = -1
+    """The step whose trouble it last went back for."""
+    best: dict[str, Any] = field(default_factory=dict)
+    """The best evaluation so far: {"metric", "value", "step"}; {} before the first and without `checkpoint.best`."""
+
+
+@dataclass
+class Beginning:
+    """Where weights and position come from, decided once by the program (see `Trainer.begin`)."""
+
+    kind: str
+    """"resume", "fork", "weights" or "scratch"."""
+    folder: Path | None = None
+    """The checkpoint to restore, for "resume" and "fork"."""
+    state: TrainState | None = None
+    notes: Sequence[str] = ()
+    """Sentences for the user: rejected checkpoints, changed settings."""
+
+
+class Stopped(Exception):  # not an error: saved and asked to leave
+    """Raised on all ranks after a signal or a time limit, once everything is saved."""
+
+    def __init__(self, code: int, reason: str):
+        super().__init__(reason)
+        self.code, self.reason = code, reason
