@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 
+from tubelet import faults
 from tubelet.errors import CheckpointError
 from tubelet.files import HashingFile
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
            torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
-_CHUNK = 1 << 24  # elements that pass through host memory at once
+_CHUNK = 1 << 24  # bytes that pass through host memory at once
 
 
 @dataclass
@@ -61,21 +62,38 @@ def safetensors_bytes(entries: Iterable[Entry], metadata: dict[str, str]) -> int
     return len(_header(entries, metadata)) + sum(item.nbytes for item in entries)
 
 
+def image(entries: Iterable[Entry], metadata: dict[str, str]) -> tuple[bytes, list[tuple[Entry, int]], int]:
+    """The same file as a plan: (header, [(entry, where its bytes begin in the file)], size of the file)."""
+    entries = _ordered(entries)
+    header = _header(entries, metadata)
+    places, place = [], len(header)
+    for item in entries:
+        places.append((item, place))
+        place += item.nbytes
+    return header, places, place
+
+
 @torch.no_grad()
-def write_safetensors(path: Path, entries: Iterable[Entry], metadata: dict[str, str]) -> dict[str, Any]:
+def write_safetensors(path: Path, entries: Iterable[Entry], metadata: dict[str, str], *,
+                      point: str | None = None) -> dict[str, Any]:
     """Write and fsync a safetensors file in a stream; returns {"bytes", "sha256"} of what was written.
 
-    Not the library's `save_file`: that wants all tensors in host memory, hashes nothing and makes files that only their
-    owner can read.
+    `point` names a fault point that is passed when half of the bytes are written. Tensors on the CPU are written from
+    where they lie, so they must not change meanwhile. Not the library's `save_file`: that wants all tensors in host
+    memory, hashes nothing and makes files that only their owner can read.
     """
-    entries = _ordered(entries)
+    header, places, size = image(entries, metadata)
     with HashingFile(path) as file:
-        file.write(_header(entries, metadata))
-        for item in entries:
+        file.write(header)
+        for item, _ in places:
             tensor = item.read().detach()
             assert tensor.numel() == math.prod(item.shape) and tensor.dtype == item.dtype, item.name
-            for part in tensor.reshape(-1).split(_CHUNK) if tensor.numel() else ():
-                file.write(part.cpu().contiguous().view(torch.uint8).numpy().data)
+            for part in tensor.reshape(-1).split(_CHUNK // item.dtype.itemsize) if tensor.numel() else ():
+                data = part.cpu().contiguous().view(torch.uint8).numpy().data
+                if point and file.nbytes + len(data) >= size // 2:
+                    faults.point(point)
+                    point = None
+                file.write(data)
     return {"bytes": file.nbytes, "sha256": file.sha256}
 
 
