@@ -22,6 +22,7 @@ from tubelet.engine.build import build_engine
 from tubelet.engine.checkpoint.folder import choose
 from tubelet.engine.checkpoint.format import read_manifest
 from tubelet.engine.schedule import check_schedule
+from tubelet.engine.signals import StopFlag
 from tubelet.engine.trainer import Beginning, Trainer, TrainState
 from tubelet.errors import CheckpointError, ConfigError, Problems, RunError
 from tubelet.models.build import build_model, hub_config, model_cfg, set_picture_cfg
@@ -33,8 +34,8 @@ from tubelet.redact import redact, redacted
 from tubelet.runs import Run, check_changes
 
 
-def train(loaded: Loaded[P], world: dist.World) -> dict[str, float]:
-    """Train as the settings say; returns the last evaluation. All ranks call it."""
+def train(loaded: Loaded[P], world: dist.World, stop: StopFlag) -> dict[str, float]:
+    """Train as the settings say; returns the last evaluation. All ranks call it. Raises `Stopped` on a signal."""
     settings = loaded.settings
     micro_batch_size = check(settings, world)
     said = redact(loaded.as_yaml())  # URLs of shards may be signed; what is printed and saved is read by others
@@ -44,6 +45,7 @@ def train(loaded: Loaded[P], world: dist.World) -> dict[str, float]:
     try:
         if settings.deterministic:
             make_deterministic()
+        stop.raise_if_asked(together=True)  # before this start is written down as an attempt
         dist.together(lambda: run.begin(world.size, said) if world.speaks else None)
         if world.speaks:
             print(f"# {run.folder}, attempt {run.attempt.number if run.attempt else 0}, {world.size} process(es) on "
@@ -64,6 +66,7 @@ def train(loaded: Loaded[P], world: dist.World) -> dict[str, float]:
         flops = flops_per_sample_training(model, settings.model.img_size)
         hub = {**hub_config(model, settings.model), "pretrained_cfg": cfg}
         engine = build_engine(model, settings, world=world, device=device, micro_batch_size=micro_batch_size)
+        stop.raise_if_asked(together=True)
         objective = Classification(settings.objective, settings.model.num_classes, cfg["mean"], cfg["std"])
         trainer = Trainer(
             settings, run=run, world=world, engine=engine, objective=objective, loader=data.train,
