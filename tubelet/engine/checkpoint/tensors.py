@@ -1,4 +1,4 @@
-"""safetensors files: written in a stream and hashed on the way, read by slices."""
+"""safetensors files, written in a stream and hashed on the way. Reading them is in `reader.py`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,6 @@ from typing import Any
 import torch
 
 from tubelet import faults
-from tubelet.errors import CheckpointError
 from tubelet.files import HashingFile
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
@@ -95,37 +94,3 @@ def write_safetensors(path: Path, entries: Iterable[Entry], metadata: dict[str, 
                     point = None
                 file.write(data)
     return {"bytes": file.nbytes, "sha256": file.sha256}
-
-
-class Reader:
-    """safetensors files of one folder, opened when first needed; slices are read without the rest."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._open: dict[str, Any] = {}
-
-    def file(self, name: str) -> Any:
-        """The open file; raises `CheckpointError` naming it when it cannot be read."""
-        if name not in self._open:
-            from safetensors import SafetensorError, safe_open
-
-            path = self.folder / name
-            try:
-                self._open[name] = safe_open(str(path), framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} cannot be read as safetensors ({error}).",
-                                      "another checkpoint of the run") from None
-        return self._open[name]
-
-    def names(self, file: str) -> set[str]:
-        return set(self.file(file).keys())
-
-    def shape(self, file: str, name: str) -> tuple[int, ...]:
-        return tuple(self.file(file).get_slice(name).get_shape())
-
-    def slice(self, file: str, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of a one-dimensional tensor."""
-        return self.file(file).get_slice(name)[start:stop]
-
-    def tensor(self, file: str, name: str) -> torch.Tensor:
-        return self.file(file).get_tensor(name)
