@@ -29,7 +29,8 @@ def torchrun_command(program: str, words: Sequence[str], nproc: int) -> list[str
 def environment(nproc: int) -> dict[str, str]:
     """What the workers get beside the caller's environment."""
     cores = max(1, (os.cpu_count() or 1) // nproc)
-    return {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)), "PYTHONUNBUFFERED": "1",
+    return {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # the others are ours; torchrun would kill a save after 30 s
+            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)), "PYTHONUNBUFFERED": "1",
             "TORCH_NCCL_DUMP_ON_TIMEOUT": os.environ.get("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
             "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
 
@@ -43,31 +44,63 @@ def run_local(program: str, words: Sequence[str], nproc: int) -> int:
     """Run to the end; returns 0, 85, 86, 130, or the first failing rank's code."""
     with tempfile.TemporaryDirectory(prefix="tubelet-launch-") as folder:
         env = {**os.environ, **environment(nproc), dist.EXIT_DIR: folder}
-        # a session of its own: a terminal's Ctrl-C or a group signal reaches the workers once, through us
+        # A session of its own: a terminal's Ctrl-C or a group signal reaches the workers once, through us.
         process = subprocess.Popen(torchrun_command(program, words, nproc), env=env, start_new_session=True,
-                                   preexec_fn=dist.die_with_parent)
+                                   preexec_fn=_in_child)
+        asked, told = 0, set[int]()
 
         def forward(number: int, frame: object) -> None:
-            number = signal.SIGTERM if number == signal.SIGHUP else number  # a closed terminal: save and leave
-            for path in Path(folder).glob("rank-*.pid"):
-                try:
-                    os.kill(int(path.read_text()), number)
-                except (ProcessLookupError, ValueError):
-                    continue
+            nonlocal asked
+            asked = number = signal.SIGTERM if number == signal.SIGHUP else number  # a closed terminal: save and leave
+            told.clear()  # every signal is passed on: a second Ctrl-C means something
+            _pass_on(folder, number, told)
 
         before = {number: signal.signal(number, forward) for number in _FORWARDED}
         try:
-            code = process.wait()
+            while process.poll() is None:
+                if asked:
+                    _pass_on(folder, asked, told)  # also to a worker that was not there yet when it came
+                _wait(process, 0.2 if asked else 2.0)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        return _exit_code(code, [int(path.read_text() or 1) for path in sorted(Path(folder).glob("rank-*.code"))])
+        codes = [int(path.read_text() or 1) for path in sorted(Path(folder).glob("rank-*.code"))]
+        return _exit_code(process.returncode, codes, bool(asked))
 
 
-def _exit_code(torchrun: int, workers: Sequence[int]) -> int:
+def _in_child() -> None:
+    """Between fork and exec: torchrun ignores what we pass on, since SLURM signals every process of a job step; workers
+    inherit that and install handlers of their own, so that a signal before then is not their death."""
+    dist.die_with_parent()
+    for number in _FORWARDED:
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _wait(process: subprocess.Popen[bytes], seconds: float) -> None:
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        pass
+
+
+def _pass_on(folder: str, number: int, told: set[int]) -> None:
+    """Signal every worker that has said its pid and is not in `told`."""
+    for path in Path(folder).glob("rank-*.pid"):
+        pid = int(path.read_text())
+        if pid not in told:
+            told.add(pid)
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+
+def _exit_code(torchrun: int, workers: Sequence[int], asked: bool = False) -> int:
+    """What the whole start says: an error before anything else, then what the ranks agree on. One rank that left while
+    starting, because it was asked to, took the others with it: torchrun's own failure is no news then."""
     errors = [code for code in workers if code not in (0, 85, 86, 130)]
     if errors:
         return errors[0]
-    if torchrun:
+    if torchrun and not (asked and any(workers)):
         return torchrun if torchrun > 0 else 128 - torchrun
     return max(workers, default=0)

@@ -1,12 +1,15 @@
 """What the tests of checkpoints share: a small engine with a sharded layout of its own, and pictures of an engine's
 state that are taken without the checkpoint's index."""
 
+from itertools import accumulate
+
 import numpy as np
 import torch
 from torch import nn
 
 from tubelet import dist
-from tubelet.engine.protocol import Flat, Slot
+from tubelet.engine.layout import Cut
+from tubelet.engine.protocol import Flat
 
 
 class Net(nn.Module):
@@ -44,7 +47,8 @@ class SplitEngine:
             self.members.append([name for name in list(left) if name.startswith(prefix) and left.pop(name) is not None])
         self.sizes = [-(-sum(self.named[name].numel() for name in names) // world.size) for names in self.members]
         self._flats = []
-        for number, (size, slots) in enumerate(zip(self.sizes, self.layouts()[world.rank])):
+        for number, size in enumerate(self.sizes):
+            slots = self.layout().slots(world.rank, number)
             master = torch.full((size,), torch.nan)  # what no slot covers must never matter
             for slot in slots:
                 whole = self.named[slot.name].detach().flatten()
@@ -55,21 +59,10 @@ class SplitEngine:
     def flats(self):
         return self._flats
 
-    def layouts(self):
-        ranks = []
-        for rank in range(self.world.size):
-            own = []
-            for names, size in zip(self.members, self.sizes):
-                place, slots = 0, []
-                for name in names:
-                    count = self.named[name].numel()
-                    first, last = max(place, rank * size), min(place + count, (rank + 1) * size)
-                    if first < last:
-                        slots.append(Slot(name, first - place, last - first, first - rank * size))
-                    place += count
-                own.append(slots)
-            ranks.append(own)
-        return ranks
+    def layout(self):
+        counts = {name: param.numel() for name, param in self.named.items()}
+        offsets = [list(accumulate((counts[name] for name in names), initial=0))[:-1] for names in self.members]
+        return Cut(self.world.size, counts, self.members, offsets, self.sizes)
 
     def shapes(self):
         return {name: tuple(param.shape) for name, param in self.named.items()}
@@ -121,9 +114,8 @@ def picture(engine, ema=None):
             out = whole.setdefault(kind, {}).setdefault(name, np.full(size, np.float32(12345.678)))
             out[start : start + values.size] = values
     members = {}
-    for own in engine.layouts():
-        for flat, slots in zip(engine.flats(), own):
-            members |= {slot.name: flat.group for slot in slots}
+    for number, flat in enumerate(engine.flats()):
+        members |= dict.fromkeys(engine.layout().members(number), flat.group)
     names = {name for name, _ in engine.module.named_parameters()}
     whole["hyper"] = {name: {key: engine.optimizer.param_groups[group][key] for key in ("lr", "weight_decay", "betas",
                              "lr_scale", "momentum") if key in engine.optimizer.param_groups[group]}

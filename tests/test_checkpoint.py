@@ -263,8 +263,8 @@ def test_a_newer_format_is_named_not_guessed(tmp_path):
     save_steps(tmp_path, 1)
     path = tmp_path / "step-00000001" / "manifest.json"
     content = json.loads(path.read_text())
-    path.write_text(json.dumps({**content, "format": 2}))
-    with pytest.raises(errors.CheckpointError, match="has format 2, this version of Tubelet reads format 1"):
+    path.write_text(json.dumps({**content, "format": 3}))
+    with pytest.raises(errors.CheckpointError, match="has format 3, this version of Tubelet reads formats 1 to 2"):
         checkpoint.read_manifest(path.parent)
 
 
@@ -273,10 +273,11 @@ def test_a_replicated_engine_splits_the_writing_and_loses_nothing(tmp_path):
     from tubelet.engine.checkpoint.describe import buffers, describe, rank_entries
     from tubelet.engine.checkpoint.format import BUFFERS, FROZEN
     from tubelet.engine.checkpoint.tensors import entry, write_safetensors
+    from tubelet.engine.layout import Whole
 
     whole = engine(groups=(("stem", 1e-2), ("body", 1e-2), ("", 1e-2)), seed=4).train_a_little(4)
-    whole.replicated, layout = True, whole.layouts()[0]
-    whole.layouts = lambda: [layout] * 3
+    whole.replicated, one = True, whole.layout()
+    whole.layout = lambda: Whole(3, one.sizes, one.flats)
     texts = []
     for rank in range(3):
         whole.world = World(rank, 3)
@@ -293,9 +294,9 @@ def test_a_replicated_engine_splits_the_writing_and_loses_nothing(tmp_path):
 
     files = {path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
              for path in tmp_path.iterdir()}
-    (tmp_path / "manifest.json").write_text(seal({"format": 1, "step": 1, "world_size": 3, "files": files}))
+    (tmp_path / "manifest.json").write_text(seal({"format": 2, "step": 1, "world_size": 3, "files": files}))
     assert checkpoint.verify(tmp_path) == []
-    whole.world, whole.layouts = World(), lambda: [layout]
+    whole.world = World()
     expected = picture(whole)["master"]
     found = dict(checkpoint.assemble(tmp_path))
     assert all((found[name].numpy().ravel() == expected[name]).all() for name in expected)

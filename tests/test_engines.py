@@ -273,7 +273,8 @@ def shards_hold_together(world, device, names):
 
     for engine_name in names:
         engine = build(engine_name, world, device, global_batch_size=2 * M * world.size)
-        flats, layouts, shapes = engine.flats(), engine.layouts(), engine.shapes()
+        flats, layout, shapes = engine.flats(), engine.layout(), engine.shapes()
+        layouts = [[layout.slots(rank, flat) for flat in range(layout.num_flats)] for rank in range(world.size)]
 
         # every element of every trained parameter is in exactly one slot (plain: one slot on each rank)
         assert dist.gather(layouts) == [layouts] * world.size, engine_name

@@ -17,7 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from tubelet.dist import World
 from tubelet.engine.batch_norm import average_statistics
-from tubelet.engine.optim import build_optimizer, parameter_groups
+from tubelet.engine.layout import Layout, Whole
+from tubelet.engine.optim import WHOLE_TENSORS, build_optimizer, parameter_groups, set_learning_rate
 from tubelet.engine.precision import check_precision
 from tubelet.engine.protocol import Flat, Slot, StepResult
 from tubelet.engine.settings import EngineSettings
@@ -43,9 +44,9 @@ class PlainEngine:
             warnings.simplefilter("ignore", FutureWarning)
             self.model = self.accelerator.prepare_model(module)
         self._ddp = self.model if isinstance(self.model, DistributedDataParallel) else None
-        self._flats = _flatten(groups)
-        # The optimizer steps on the flat views, so that moments are flat as the protocol says. Nothing of Accelerate's
-        # wrapper around an optimizer (gradient scaling, XLA) is needed.
+        # The optimizer steps on the flat views, so that moments are flat as the protocol says; Adafactor and LAMB see the
+        # shapes. Nothing of Accelerate's wrapper around an optimizer (gradient scaling, XLA) is needed.
+        self._flats = _flatten(groups, shaped=settings.optimizer.name in WHOLE_TENSORS)
         self.optimizer = build_optimizer(groups, settings.optimizer, device)
         self._params = {name: param for name, param in module.named_parameters() if param.requires_grad}
         self._backwards = 0
@@ -72,7 +73,7 @@ class PlainEngine:
         for flat in self._flats:
             param = self._params[flat.slots[0].name]
             # A parameter that took no part has a zero gradient, as under ZeRO: it still decays.
-            grad = torch.zeros_like(flat.key) if param.grad is None else param.grad.reshape(-1)
+            grad = torch.zeros_like(flat.key) if param.grad is None else param.grad.reshape(flat.key.shape)
             flat.key.grad = grad
             grads.append(grad)
         # After the reduction all ranks hold equal gradients, so they decide alike without asking.
@@ -81,8 +82,7 @@ class PlainEngine:
         if applied:
             if self.clip_grad and norm + 1e-6 > self.clip_grad:
                 torch._foreach_mul_(grads, self.clip_grad / (norm + 1e-6))
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr * group["lr_scale"]
+            set_learning_rate(self, lr)
             self.optimizer.step()
         for flat in self._flats:
             flat.key.grad = None
@@ -97,9 +97,9 @@ class PlainEngine:
     def flats(self) -> list[Flat]:
         return self._flats
 
-    def layouts(self) -> list[list[list[Slot]]]:
-        slots = [flat.slots for flat in self._flats]
-        return [slots for _ in range(self.world.size)]
+    def layout(self) -> Layout:
+        sizes = {name: param.numel() for name, param in self._params.items()}
+        return Whole(self.world.size, sizes, [[slot.name for slot in flat.slots] for flat in self._flats])
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tuple(param.shape) for name, param in self._params.items()}
@@ -145,15 +145,16 @@ class PlainEngine:
         self.accelerator.free_memory()
 
 
-def _flatten(groups: list[dict[str, Any]]) -> list[Flat]:
-    """A flat for each parameter, over its own storage; the groups' `params` become the flats."""
+def _flatten(groups: list[dict[str, Any]], *, shaped: bool) -> list[Flat]:
+    """A flat for each parameter, over its own storage; the groups' `params` become their keys, of the parameters' shapes
+    where `shaped`."""
     flats = []
     for index, group in enumerate(groups):
         keys = []
         for name, param in zip(group["param_names"], group["params"]):
-            key = param.data.view(-1).requires_grad_()
+            key = (param.data.view(param.shape) if shaped else param.data.view(-1)).requires_grad_()
             keys.append(key)
-            flats.append(Flat(master=key.detach(), key=key, group=index, slots=[Slot(name, 0, key.numel(), 0)]))
+            flats.append(Flat(master=key.detach().view(-1), key=key, group=index, slots=[Slot(name, 0, key.numel(), 0)]))
         group["params"] = keys
     return flats
 

@@ -11,12 +11,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
 
 from tubelet.dist import World
+
+if TYPE_CHECKING:
+    from tubelet.engine.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,9 @@ class Engine(Protocol):
         """This rank's flat masters, in a fixed order."""
         ...
 
-    def layouts(self) -> list[list[list[Slot]]]:
-        """layouts()[rank][flat] = slots, of every rank, computed without communication."""
+    def layout(self) -> Layout:
+        """By which rule parameters lie in the flats of every rank; `layout().slots(rank, i)` is `flats()[i].slots` there.
+        Known without communication."""
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

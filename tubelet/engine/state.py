@@ -39,11 +39,3 @@ class Beginning:
     state: TrainState | None = None
     notes: Sequence[str] = ()
     """Sentences for the user: rejected checkpoints, changed settings."""
-
-
-class Stopped(Exception):  # not an error: saved and asked to leave
-    """Raised on all ranks after a signal or a time limit, once everything is saved."""
-
-    def __init__(self, code: int, reason: str):
-        super().__init__(reason)
-        self.code, self.reason = code, reason

@@ -31,8 +31,8 @@ from tubelet.engine.phases import Phases
 from tubelet.engine.protocol import Batch, Engine, EvalLoader, Loader, StepResult
 from tubelet.engine.schedule import learning_rate
 from tubelet.engine.settings import EngineSettings
-from tubelet.engine.signals import StopFlag
-from tubelet.engine.state import Beginning, Stopped, TrainState
+from tubelet.engine.signals import StopFlag, Stopped
+from tubelet.engine.state import Beginning, TrainState
 from tubelet.engine.trackers import Trackers
 from tubelet.engine.view import View
 from tubelet.engine.watchdog import Watchdog
@@ -74,7 +74,7 @@ class Trainer:
         self.ema = ShardedEma(engine, settings.ema) if settings.ema else None
         self.guard, self.probe = Guard(settings.guard), LossProbe(engine.device)
         self.keeper = Keeper(run, settings, engine, manifest)
-        self.deadline = Deadline(settings)
+        self.deadline = Deadline(settings, speaks=world.speaks)
         self.view = View(settings, run=run, world=world, engine=engine, phases=self.phases, total_steps=total_steps,
                          flops_per_sample=flops_per_sample, manifest=manifest)
         self.trouble: TubeletError | None = None
@@ -88,6 +88,8 @@ class Trainer:
             self.begin()
             self.rehearse()
             self.open()
+            stop.raise_if_asked(together=True)
+            stop.arm(settings.preempt_grace_seconds)  # from here on there are steps to lose
             while True:
                 batches = self.fetch()  # nothing at the end
                 verdict = self.agree(stop)  # all ranks decide together, at a step boundary
@@ -144,6 +146,8 @@ class Trainer:
     def open(self) -> None:
         """Logs and data; what was logged after the restored step is dropped, so no curve overlaps."""
         self.view.open(self.state)
+        for note in self.deadline.notes() if self.world.speaks else ():
+            print(note, flush=True)
         self.digest = DigestFile(self.run.folder, self.state.step, self.world.speaks) if self.settings.digest else None
         self.stream = self.loader.batches(self.state.seen)
         self.phases.moved(self.state.step)
@@ -386,7 +390,6 @@ class Trainer:
         settings, limits = self.settings, self.settings.watch.stall_seconds
         with ExitStack() as stack:
             stop = self.stop or stack.enter_context(StopFlag(settings.preempt_grace_seconds))
-            stop.arm(settings.preempt_grace_seconds)
             stack.enter_context(Watchdog(
                 self.phases, settings.watch, self.world, folder=self.run.folder, event=self.run.event,
                 limits={"start": max(limits, settings.save_timeout_seconds), "restore": settings.save_timeout_seconds,

@@ -11,39 +11,51 @@ import signal
 import socket
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
 from tubelet import dist, files
-from tubelet.errors import EXIT_ERROR, TubeletError
+from tubelet.engine.signals import StopFlag, Stopped, rank_of_environment, tell_launcher
+from tubelet.errors import EXIT_ERROR, ConfigError, Problems, TubeletError
 from tubelet.program.settings import ProgramSettings, help_text, load_command, parse_command
 
 
 def run_program(name: str, what: str, cls: type[ProgramSettings], words: Sequence[str]) -> int:
-    """Parse, check, train, report. Returns the exit code of this process."""
-    rank = int(next((os.environ[key] for key in dist._RANK if os.environ.get(key, "").isdigit()), 0))
-    folder: Path | None = None
-    everywhere = False
-    try:
-        world = dist.resolve()
-        _meet_launcher(world)
-        command = parse_command(words)
-        if command.help:
-            print(help_text(name, what, cls) if rank == 0 else "", end="\n" if rank == 0 else "")
-            return 0
-        loaded = load_command(cls, command)
-        if command.print_config:
-            print(loaded.as_yaml() if rank == 0 else "", end="")
-            return 0
-        folder = Path(loaded.settings.run.dir) / loaded.settings.run.name
-        from tubelet.program.train import train  # torch: --help and configuration errors come before it
+    """Parse, check, train, report. Returns the exit code of this process.
 
-        train(loaded, world)
-        code = 0
-    except Exception as error:
-        code = getattr(error, "code", None) or report(error, rank, folder)
-        everywhere = hasattr(error, "code") or (dist.EXIT_DIR in os.environ and dist.all_failing())
-    return _leave(rank, code, everywhere)
+    From the first line on a signal ends it with the code that belongs to the signal, whatever it is importing or waiting
+    for; `arm` of the flag, called by the trainer, changes that to "save first".
+    """
+    with StopFlag().starts() as stop:
+        rank = rank_of_environment()
+        folder: Path | None = None
+        everywhere = False
+        try:
+            world = dist.resolve()
+            _meet_launcher(world)
+            command = parse_command(words)
+            if command.help:
+                print(help_text(name, what, cls) if rank == 0 else "", end="\n" if rank == 0 else "")
+                return 0
+            loaded = load_command(cls, command)
+            if command.print_config:
+                print(loaded.as_yaml() if rank == 0 else "", end="")
+                return 0
+            for warning in meet_accelerate(os.environ):
+                print(f"warning: {warning}" if rank == 0 else "", end="\n" if rank == 0 else "", flush=True)
+            folder = Path(loaded.settings.run.dir) / loaded.settings.run.name
+            stop.raise_if_asked()
+            from tubelet.program.train import train  # torch: --help and configuration errors come before it
+
+            stop.raise_if_asked()
+            train(loaded, world, stop)
+            code = 0
+        except Exception as error:
+            if isinstance(error, Stopped) and stop.starting and rank == 0:
+                print(f"{error.reason} while starting: leaving with exit code {error.code}", flush=True)
+            code = getattr(error, "code", None) or report(error, rank, folder)
+            everywhere = hasattr(error, "code") or (dist.EXIT_DIR in os.environ and dist.all_failing())
+        return _leave(code, everywhere)
 
 
 def report(error: Exception, rank: int, folder: Path | None) -> int:
@@ -66,23 +78,51 @@ def report(error: Exception, rank: int, folder: Path | None) -> int:
     return error.exit_code if isinstance(error, TubeletError) else EXIT_ERROR
 
 
+def meet_accelerate(env: MutableMapping[str, str]) -> list[str]:
+    """`accelerate launch` hands its choices over in variables that every `Accelerator` obeys. Ours are in the recipe, so
+    they are removed from `env`; returns sentences on those that said something else. Raises `ConfigError` for an engine
+    of Accelerate's own, which would train another way than the recipe says."""
+    problems = Problems(ConfigError)
+    for key, flag in _ACCELERATE_ENGINES.items():
+        if env.get(key, "").lower() in ("1", "true", "yes", "y", "t", "on"):
+            problems.add(f"`accelerate launch` sets {key}={env[key]}, but the recipe chooses the engine: engine=zero runs "
+                         "DeepSpeed itself, engine=plain runs Accelerate without plugins.",
+                         f"`accelerate launch` without {flag} (or without it in the file of `accelerate config`), and "
+                         "engine=zero zero.stage=1, 2 or 3 to shard")
+    problems.raise_if_any()
+    said = [f"`accelerate launch` sets {key}={env[key]}, which is not read; {instead} decides"
+            for key, (instead, silent) in _ACCELERATE_CHOICES.items() if env.get(key, silent[0]).lower() not in silent]
+    if env.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        env["CUDA_VISIBLE_DEVICES"] = ""  # --cpu on a machine with GPUs, said in the way that torch and DeepSpeed obey
+    for key in [key for key in env if key.startswith("ACCELERATE_")]:
+        del env[key]
+    return said
+
+
+_ACCELERATE_ENGINES = {"ACCELERATE_USE_DEEPSPEED": "--use_deepspeed", "ACCELERATE_USE_FSDP": "--use_fsdp",
+                       "ACCELERATE_USE_MEGATRON_LM": "--use_megatron_lm",
+                       "ACCELERATE_USE_PARALLELISM_CONFIG": "--use_parallelism_config"}
+_ACCELERATE_CHOICES = {"ACCELERATE_MIXED_PRECISION": ("precision=", ("no",)),
+                       "ACCELERATE_DYNAMO_BACKEND": ("compile=", ("no",)),
+                       "ACCELERATE_GRADIENT_ACCUMULATION_STEPS": ("global_batch_size=", ("1",))}
+
+
 def _meet_launcher(world: dist.World) -> None:
     """Tell `launch local` our pid, so that it signals workers directly, and die with the process that started us."""
     folder = os.environ.get(dist.EXIT_DIR)
     if folder:
         dist.die_with_parent()  # no orphans when the launcher is killed
-        Path(folder, f"rank-{world.rank}.pid").write_text(str(os.getpid()))
+        whole = Path(folder, f"rank-{world.rank}.pid")
+        part = whole.with_suffix(".part")
+        part.write_text(str(os.getpid()))
+        part.rename(whole)  # the launcher must not read half a number, and signal someone else
 
 
-def _leave(rank: int, code: int, everywhere: bool) -> int:
+def _leave(code: int, everywhere: bool) -> int:
     """Hand the exit code to `launch local`. torchrun would turn a non-zero code into 1 and a page of its own; it needs to
     hear of one only to end the other ranks, so not when all leave together."""
-    folder = os.environ.get(dist.EXIT_DIR)
-    if folder:
-        Path(folder, f"rank-{rank}.code").write_text(str(code))
-        if everywhere:
-            return 0
-    return code
+    tell_launcher(code)
+    return 0 if everywhere and dist.EXIT_DIR in os.environ else code
 
 
 def finish(code: int) -> None:

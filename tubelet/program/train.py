@@ -38,9 +38,8 @@ from tubelet.runs import Run, check_changes
 
 
 def train(loaded: Loaded[P], world: dist.World, stop: StopFlag) -> dict[str, float]:
-    """Train as the settings say; returns the last evaluation. All ranks call it."""
+    """Train as the settings say; returns the last evaluation. All ranks call it. Raises `Stopped` on a signal."""
     settings, phases = loaded.settings, Phases()
-    stop.arm(settings.preempt_grace_seconds)
     micro_batch_size = check(settings, world)
     said = redact(loaded.as_yaml())  # URLs of shards may be signed; what is printed and saved is read by others
     run = Run(settings.run)
@@ -50,6 +49,7 @@ def train(loaded: Loaded[P], world: dist.World, stop: StopFlag) -> dict[str, flo
     try:
         if settings.deterministic:
             make_deterministic()
+        stop.raise_if_asked(together=True)  # before this start is written down as an attempt
         dist.together(lambda: run.begin(world.size, said, lambda: checkpoints_elsewhere(settings, run))
                       if world.speaks else None)
         if world.speaks:
@@ -71,8 +71,8 @@ def train(loaded: Loaded[P], world: dist.World, stop: StopFlag) -> dict[str, flo
         flops = flops_per_sample_training(model, settings.model.img_size)
         hub = {**hub_config(model, settings.model), "pretrained_cfg": cfg}
         engine = build_engine(model, settings, world=world, device=device, micro_batch_size=micro_batch_size)
+        stop.raise_if_asked(together=True)
         objective = Classification(settings.objective, settings.model.num_classes, cfg["mean"], cfg["std"])
-        stop.raise_if_asked()
         trainer = Trainer(
             settings, run=run, phases=phases, stop=stop, world=world, engine=engine, objective=objective, loader=data.train,
             eval_loaders=data.val, micro_batch_size=micro_batch_size, total_steps=data.total_steps, beginning=beginning,

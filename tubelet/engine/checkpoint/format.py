@@ -1,15 +1,17 @@
-"""The format of a checkpoint, version 1: JSON and safetensors only, whatever the engine and the number of ranks.
+"""The format of a checkpoint, version 2: JSON and safetensors only, whatever the engine and the number of ranks.
 
     step-00012000/
       rank-00000.safetensors ...   flat fp32 tensors of a rank as they are: `master.<i>`, `<kind>.<i>` for each optimizer
-                                   state tensor of the flat's size (exp_avg, exp_avg_sq, momentum_buffer), `ema.<i>`
+                                   state tensor of the flat's size (exp_avg, exp_avg_sq, momentum_buffer), `ema.<i>`;
+                                   `<kind>.<i>` in its own shape for state of another (Adafactor's rows and columns)
       buffers.safetensors          the module's persistent buffers (BatchNorm statistics and the like)
       frozen.safetensors           full values of parameters that are not trained
-      index.json                   `Index`: which slice of which parameter lies where; groups, steps
+      index.json                   `Index`: the rule by which parameters lie in the flat tensors; groups, steps
       manifest.json                what the folder holds, with sizes and SHA-256; written last: with it the checkpoint exists
 
 An element of a parameter is found by (name, position in the flattened parameter), so a reader with another layout
-computes the slices it needs and reads those. What no slot of the index covers is padding and means nothing.
+computes the slices it needs and reads those. What no slot of the layout covers is padding and means nothing. Format 1
+differs in the index only: it lists the slots of every rank.
 The index is in `index.py`, safetensors in `tensors.py`. Not here: writing (`save.py`), choosing among folders
 (`folder.py`), reading into an engine (`load.py`).
 """
@@ -18,13 +20,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 from tubelet import safe_io
 from tubelet.errors import CheckpointError, TubeletError
 
-FORMAT = 1
+FORMAT = 2  # what is written; all from 1 on are read
 MANIFEST, INDEX, BUFFERS, FROZEN, LATEST = ("manifest.json", "index.json", "buffers.safetensors", "frozen.safetensors",
                                             "latest")
 
@@ -37,6 +40,12 @@ def folder_name(step: int) -> str:
 def rank_file(rank: int) -> str:
     """3 -> rank-00003.safetensors."""
     return f"rank-{rank:05d}.safetensors"
+
+
+def rank_of(name: str) -> int | None:
+    """rank-00003.safetensors -> 3; None for any other name."""
+    found = re.fullmatch(r"rank-(\d{5,9})\.safetensors", name)
+    return int(found[1]) if found and rank_file(int(found[1])) == name else None
 
 
 def seal(content: dict[str, Any]) -> str:
@@ -59,7 +68,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     try:
         content = safe_io.read_json(path)
         version, recorded, files = content["format"], content.pop("sha256"), content["files"]
-        if version == FORMAT and recorded != _digest(content):
+        if version in range(1, FORMAT + 1) and recorded != _digest(content):
             raise ValueError("its content does not agree with its own SHA-256")
         for name, entry in files.items():
             if Path(name).name != name or not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
@@ -69,7 +78,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or no manifest ({type(error).__name__}: {error}).",
                               "another checkpoint of the run") from None
-    if version != FORMAT:
-        raise CheckpointError(f"{folder} has format {version!r}, this version of Tubelet reads format {FORMAT}.",
+    if version not in range(1, FORMAT + 1):
+        raise CheckpointError(f"{folder} has format {version!r}, this version of Tubelet reads formats 1 to {FORMAT}.",
                               "the version of Tubelet that wrote it (see `versions` in its manifest.json)")
     return content

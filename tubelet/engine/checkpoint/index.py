@@ -1,4 +1,7 @@
-"""`index.json`: which slice of which parameter lies where in the files of all ranks, groups and step counts."""
+"""`index.json`: by which rule the parameters lie in the files of all ranks, groups and step counts.
+
+Format 2 holds the rule (`tubelet/engine/layout.py`); format 1 listed every slot of every rank and is still read.
+"""
 
 from __future__ import annotations
 
@@ -10,8 +13,10 @@ from typing import Any
 
 from tubelet import safe_io
 from tubelet.engine.checkpoint.format import FORMAT, INDEX
-from tubelet.engine.protocol import Slot
+from tubelet.engine.layout import Layout, Listed, from_json
 from tubelet.errors import CheckpointError, TubeletError
+
+_STATE_DTYPES = {"float64", "float16", "bfloat16"}
 
 
 @dataclass
@@ -21,8 +26,14 @@ class FlatInfo:
     group: int
     kinds: list[str]
     """Optimizer state tensors of the flat's size; empty before the first step."""
-    step: float | None
-    """The optimizer's own step count; None before the first step and for optimizers that keep none."""
+    step: float | int | None
+    """The optimizer's own step count, an int if it keeps it as such (most keep a tensor); None before the first step and
+    for optimizers that keep none."""
+    shaped: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    """Optimizer state of another shape than the flat's (Adafactor's rows and columns): kind -> shape. Only where the flat
+    is one whole parameter."""
+    dtypes: dict[str, str] = field(default_factory=dict)
+    """torch's names of the types of those kinds that are not float32, such as "bfloat16"."""
 
 
 @dataclass
@@ -47,20 +58,23 @@ class Index:
     ema: bool
     flats: list[FlatInfo]
     groups: list[GroupInfo]
-    ranks: list[dict[int, list[Slot]]] = field(default_factory=list)
-    """ranks[r][i] = slots of flat i as written in rank r's file. A replicated engine writes each flat once."""
+    layout: Layout
+
+    @property
+    def num_ranks(self) -> int:
+        """How many ranks wrote files."""
+        return self.layout.num_ranks
 
     def to_json(self) -> str:
         number = {name: i for i, name in enumerate(self.shapes)}
-        ranks = [{str(flat): [[number[s.name], s.start, s.length, s.offset] for s in slots] for flat, slots in own.items()}
-                 for own in self.ranks]
+        flats = [{key: value for key, value in asdict(flat).items() if key not in ("shaped", "dtypes") or value}
+                 for flat in self.flats]
         head = {"format": FORMAT, "names": list(self.shapes), "shapes": list(self.shapes.values()),
-                "frozen": self.frozen, "buffers": self.buffers, "order": self.order, "optimizer": self.optimizer,
-                "ema": self.ema, "flats": [asdict(flat) for flat in self.flats],
+                "frozen": self.frozen, "buffers": self.buffers,
+                "order": [number.get(name, name) for name in self.order], "optimizer": self.optimizer, "ema": self.ema,
                 "groups": [{"hyper": g.hyper, "members": [number[n] for n in g.members]} for g in self.groups],
-                "slots": "per rank and flat: [parameter, start in it, length, offset in the flat]"}
-        rows = [f' {json.dumps(key)}: {json.dumps(value)}' for key, value in head.items()]  # a line a key, a line a rank
-        rows.append(' "ranks": [\n' + ",\n".join(json.dumps(own, separators=(",", ":")) for own in ranks) + "\n ]")
+                "flats": flats, "layout": self.layout.to_json(number)}
+        rows = [f' {json.dumps(key)}: {json.dumps(value, separators=(",", ":"))}' for key, value in head.items()]
         return "{\n" + ",\n".join(rows) + "\n}\n"
 
     @classmethod
@@ -69,71 +83,71 @@ class Index:
         path = folder / INDEX
         try:
             data = safe_io.read_json(path)
-            names = [str(name) for name in data["names"]]
-            index = cls(
-                shapes=dict(zip(names, map(_shape, data["shapes"]), strict=True)),
-                frozen={name: _shape(shape) for name, shape in data["frozen"].items()},
-                buffers={name: _shape(shape) for name, shape in data["buffers"].items()},
-                order=list(data["order"]), optimizer=str(data["optimizer"]), ema=bool(data["ema"]),
-                flats=[FlatInfo(int(f["group"]), [str(kind) for kind in f["kinds"]],
-                                None if f["step"] is None else float(f["step"])) for f in data["flats"]],
-                groups=[GroupInfo(dict(g["hyper"]), [names[i] for i in g["members"]]) for g in data["groups"]],
-                ranks=[{int(flat): [Slot(names[n], int(start), int(length), int(offset))
-                                    for n, start, length, offset in slots] for flat, slots in own.items()}
-                       for own in data["ranks"]])
+            index = cls.from_json(data)
         except TubeletError as error:
             raise CheckpointError(error.problem, error.hint) from None
-        except (KeyError, TypeError, ValueError, IndexError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path} is not an index of format {FORMAT} ({type(error).__name__}: {error}).",
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+            raise CheckpointError(f"{path} is not an index of format 1 to {FORMAT} ({type(error).__name__}: {error}).",
                                   "another checkpoint of the run") from None
         problems = index.problems()
         if problems:
             raise CheckpointError(f"{path} contradicts itself: {'; '.join(problems[:5])}.", "another checkpoint of the run")
         return index
 
-    def pieces(self) -> dict[str, list[tuple[int, int, Slot]]]:
-        """For each trained parameter its pieces by start: (rank, flat, slot)."""
-        found: dict[str, list[tuple[int, int, Slot]]] = {name: [] for name in self.shapes}
-        for rank, own in enumerate(self.ranks):
-            for flat, slots in own.items():
-                for slot in slots:
-                    found[slot.name].append((rank, flat, slot))
-        for pieces in found.values():
-            pieces.sort(key=lambda piece: piece[2].start)
-        return found
+    @classmethod
+    def from_json(cls, data: dict[str, Any]) -> Index:
+        """Of parsed JSON, format 1 or 2; raises the ordinary errors of Python when it is neither."""
+        names = [str(name) for name in data["names"]]
+        shapes = dict(zip(names, map(_shape, data["shapes"]), strict=True))
+        if len(shapes) != len(names):
+            raise ValueError("a parameter is named twice")
+        flats = [_flat_info(flat) for flat in data["flats"]]
+        rule = {"rule": Listed.rule, "slots": data["ranks"]} if data["format"] == 1 else data["layout"]
+        return cls(
+            shapes=shapes, frozen={name: _shape(shape) for name, shape in data["frozen"].items()},
+            buffers={name: _shape(shape) for name, shape in data["buffers"].items()},
+            order=[names[key] if isinstance(key, int) else str(key) for key in data["order"]],
+            optimizer=str(data["optimizer"]), ema=bool(data["ema"]), flats=flats,
+            groups=[GroupInfo(dict(g["hyper"]), [names[i] for i in g["members"]]) for g in data["groups"]],
+            layout=from_json(rule, names, {name: math.prod(shape) for name, shape in shapes.items()}, len(flats)))
 
     def problems(self) -> list[str]:
         """What is wrong with it, in words: every element of every parameter must lie in exactly one place."""
-        problems = []
-        for name, pieces in self.pieces().items():
-            position = 0
-            for _, flat, slot in pieces:
-                if slot.start != position or slot.length <= 0 or slot.offset < 0:
-                    problems.append(f"{name}: element {min(position, slot.start)} lies in "
-                                    f"{'no place' if slot.start > position else 'two places'}")
-                    break
-                if not 0 <= flat < len(self.flats):
-                    problems.append(f"{name}: flat {flat} is not described")
-                    break
-                position += slot.length
-            else:
-                if position != math.prod(self.shapes[name]):
-                    problems.append(f"{name}: {position} of {math.prod(self.shapes[name])} elements have a place")
+        problems = self.layout.problems()
+        if self.layout.num_flats != len(self.flats):
+            problems.append(f"{self.layout.num_flats} flats have a place, {len(self.flats)} are described")
         grouped = sorted(name for group in self.groups for name in group.members)
         if grouped != sorted(self.shapes):
             problems.append("the groups' members are not the trained parameters")
         if any(not 0 <= flat.group < len(self.groups) for flat in self.flats):
             problems.append("a flat belongs to no group")
+        for number, flat in enumerate(self.flats):
+            if flat.shaped and not problems and len(self.layout.members(number)) != 1:
+                problems.append(f"flat {number} has state of another shape and is not one parameter")
+        unknown = {*self.order} - {*self.shapes, *self.frozen, *self.buffers}
+        if unknown:
+            problems.append(f"{', '.join(sorted(unknown)[:3])}: in the order and nowhere else")
         return problems
 
     def tensors(self, rank: int) -> dict[str, int]:
         """Name -> least number of elements of every tensor that must stand in a rank's file."""
         own: dict[str, int] = {}
-        for flat, slots in self.ranks[rank].items():
-            least = max((slot.offset + slot.length for slot in slots), default=0)
-            for kind in ["master", *self.flats[flat].kinds, *["ema"] * self.ema]:
+        for flat in self.layout.writes(rank):
+            least, info = self.layout.least(rank, flat), self.flats[flat]
+            for kind in ["master", *info.kinds, *["ema"] * self.ema]:
                 own[f"{kind}.{flat}"] = least
+            own |= {f"{kind}.{flat}": math.prod(shape) for kind, shape in info.shaped.items()}
         return own
+
+
+def _flat_info(data: dict[str, Any]) -> FlatInfo:
+    step = data["step"]
+    if not {*data.get("dtypes", {}).values()} <= _STATE_DTYPES:
+        raise ValueError(f"types {data['dtypes']}")
+    return FlatInfo(int(data["group"]), [str(kind) for kind in data["kinds"]],
+                    step if step is None or isinstance(step, int) else float(step),
+                    {str(kind): _shape(shape) for kind, shape in data.get("shaped", {}).items()},
+                    {str(kind): str(dtype) for kind, dtype in data.get("dtypes", {}).items()})
 
 
 def _shape(value: Any) -> tuple[int, ...]:

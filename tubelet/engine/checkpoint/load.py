@@ -6,7 +6,6 @@ reads only them.
 
 from __future__ import annotations
 
-import bisect
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,13 +16,15 @@ import torch
 
 from tubelet import dist
 from tubelet.console import print_table
-from tubelet.engine.checkpoint.describe import RUNNING_KEYS, buffers, json_value
+from tubelet.engine.checkpoint.describe import RUNNING_KEYS, buffers, group_members, json_value
 from tubelet.engine.checkpoint.folder import verify
 from tubelet.engine.checkpoint.format import BUFFERS, FROZEN, rank_file, read_manifest
 from tubelet.engine.checkpoint.index import FlatInfo, Index
-from tubelet.engine.checkpoint.tensors import Reader
+from tubelet.engine.checkpoint.reader import Reader
 from tubelet.engine.protocol import Engine, Flat, Slot
 from tubelet.errors import CheckpointError
+
+_SHORT = {"float32": "fp32", "bfloat16": "bf16"}
 
 # Hyper-parameters that settings of ours decide: what a job passes as `keep` when a changed setting is to take effect.
 FROM_SETTINGS = ("weight_decay", "lr_scale", "betas", "eps", "momentum")
@@ -57,9 +58,6 @@ class Source:
     def __init__(self, folder: Path):
         self.folder = Path(folder)
         self.manifest, self.index, self.reader = read_manifest(self.folder), Index.read(self.folder), Reader(self.folder)
-        self._pieces = self.index.pieces()
-        self._starts = {name: [slot.start for *_, slot in pieces] for name, pieces in self._pieces.items()}
-        self._file_names: dict[str, set[str]] = {}
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """All parameters, trained or frozen when it was written."""
@@ -67,8 +65,8 @@ class Source:
 
     def info(self, name: str) -> FlatInfo | None:
         """Of the flat a trained parameter lies in: kinds and step; None for one that was frozen."""
-        pieces = self._pieces.get(name)
-        return self.index.flats[pieces[0][1]] if pieces else None
+        flat = self.index.layout.flat_of(name)
+        return None if flat is None else self.index.flats[flat]
 
     def read(self, kind: str, name: str, start: int, length: int) -> Iterator[tuple[int, torch.Tensor]]:
         """(place in [0, length), values) pieces of elements [start, start + length) of a flattened parameter.
@@ -76,24 +74,27 @@ class Source:
         A kind that the parameter does not have (moments of one that was frozen or never stepped) gives nothing; asking
         for the average of a frozen parameter gives its value.
         """
-        if name not in self._pieces:
+        if name not in self.index.shapes:
             if kind in ("master", "ema"):
                 yield 0, self.reader.tensor(FROZEN, name).flatten()[start : start + length]
             return
-        pieces = self._pieces[name]
-        first = bisect.bisect_right(self._starts[name], start) - 1
-        for rank, flat, slot in pieces[first:]:
-            low, high = max(start, slot.start), min(start + length, slot.start + slot.length)
-            if low >= high:
-                break
+        for rank, flat, slot in self.index.layout.pieces(name, start, length):
             if kind not in ("master", "ema") and kind not in self.index.flats[flat].kinds:
                 continue
-            place = slot.offset + low - slot.start
-            values = self.reader.slice(rank_file(rank), f"{kind}.{flat}", place, place + high - low)
-            if values.numel() != high - low:
+            values = self.reader.slice(rank_file(rank), f"{kind}.{flat}", slot.offset, slot.offset + slot.length)
+            if values.numel() != slot.length:
                 raise CheckpointError(f"{self.folder / rank_file(rank)}: `{kind}.{flat}` is shorter than the index says.",
                                       f"`tubelet ckpt verify {self.folder}`")
-            yield low - start, values
+            yield slot.start - start, values
+
+    def shaped(self, kind: str, name: str) -> torch.Tensor:
+        """Optimizer state of a whole parameter that has a shape of its own (`FlatInfo.shaped`)."""
+        rank, flat, _ = next(self.index.layout.pieces(name))
+        value, shape = self.reader.tensor(rank_file(rank), f"{kind}.{flat}"), self.index.flats[flat].shaped[kind]
+        if tuple(value.shape) != shape:
+            raise CheckpointError(f"{self.folder / rank_file(rank)}: `{kind}.{flat}` is {list(value.shape)}, the index says "
+                                  f"{list(shape)}.", f"`tubelet ckpt verify {self.folder}`")
+        return value
 
     def full(self, kind: str, name: str) -> torch.Tensor:
         """One parameter, whole, fp32 on the CPU."""
@@ -195,31 +196,40 @@ def _optimizer_state(source: Source, engine: Engine, restored: Restored) -> None
             optimizer.state.pop(flat.key, None)
         restored.add("optimizer state", "new", f"this job's optimizer is {running}, the checkpoint's {index.optimizer}")
         return
-    members: list[dict[str, None]] = [{} for _ in engine.flats()]  # of all ranks: a rank may hold nothing of a flat
-    for own in engine.layouts():
-        for names, slots in zip(members, own):
-            names.update(dict.fromkeys(slot.name for slot in slots))
-    kinds_seen: dict[str, None] = {}
+    layout = engine.layout()
+    if any(info.shaped for info in index.flats) and not (
+            engine.replicated and all(len(layout.members(number)) == 1 for number in range(layout.num_flats))):
+        for flat in engine.flats():
+            optimizer.state.pop(flat.key, None)
+        restored.add("optimizer state", "new", f"{index.optimizer}'s belongs to whole parameters, this engine cuts them")
+        return
+    kinds_seen: dict[str, str] = {}
     steps_seen, fresh = set(), []
-    for flat, names in zip(engine.flats(), members):
+    for number, flat in enumerate(engine.flats()):
+        names = layout.members(number)  # of all ranks: this one may hold nothing of the flat
         infos = [source.info(name) for name in names]
-        kinds = list(dict.fromkeys(kind for info in infos if info for kind in info.kinds))
+        kinds = {kind: info.dtypes.get(kind, "float32") for info in infos if info for kind in info.kinds}
+        shaped = [kind for info in infos if info for kind in info.shaped]
         steps = {info.step for info in infos if info and info.step is not None}
         fresh += [name for name, info in zip(names, infos) if kinds and not (info and info.kinds)]
-        kinds_seen.update(dict.fromkeys(kinds))
+        kinds_seen |= kinds | dict.fromkeys(shaped, "of its own shape")
         steps_seen |= steps
         # Parameters that did not step together (some were frozen once) and share a flat now: the longest count holds.
         _restore_flat(source, engine, flat, kinds, max(steps, default=None))
+        for kind in shaped:
+            optimizer.state[flat.key][kind] = source.shaped(kind, names[0]).to(flat.key.device)
     counts = ", ".join(f"{step:g}" for step in sorted(steps_seen))
-    for kind in kinds_seen:
-        restored.add(kind, "restored", f"fp32{f', {len(fresh)} parameters start at zero' if fresh else ''}")
+    for kind, what in kinds_seen.items():
+        zero = f", {len(fresh)} parameters start at zero" if fresh else ""
+        restored.add(kind, "restored", f"{_SHORT.get(what, what)}{zero}")
     if not kinds_seen:
         restored.add("optimizer state", "restored", "none yet: saved before the first step")
     if steps_seen:
         restored.add("optimizer steps", "restored", counts)
 
 
-def _restore_flat(source: Source, engine: Engine, flat: Flat, kinds: list[str], step: float | None) -> None:
+def _restore_flat(source: Source, engine: Engine, flat: Flat, kinds: dict[str, str], step: float | int | None) -> None:
+    """`kinds`: state tensors of the flat's size and torch's names of their types."""
     optimizer = engine.optimizer
     if not kinds and step is None:
         optimizer.state.pop(flat.key, None)  # as before the first step
@@ -227,15 +237,18 @@ def _restore_flat(source: Source, engine: Engine, flat: Flat, kinds: list[str], 
     state = optimizer.state[flat.key]
     for name in [name for name in state if name != "step" and name not in kinds]:
         del state[name]
-    for kind in kinds:
-        found = state.get(kind)
-        if not isinstance(found, torch.Tensor) or found.numel() != flat.master.numel() or not found.is_contiguous():
-            state[kind] = torch.zeros_like(flat.key, dtype=torch.float32, memory_format=torch.contiguous_format,
+    for kind, name in kinds.items():
+        found, dtype = state.get(kind), getattr(torch, name)
+        if (not isinstance(found, torch.Tensor) or found.shape != flat.key.shape or found.dtype != dtype
+                or not found.is_contiguous()):
+            state[kind] = torch.zeros_like(flat.key, dtype=dtype, memory_format=torch.contiguous_format,
                                            requires_grad=False)
         else:
             found.zero_()
         _fill(source, kind, flat.slots, state[kind])
-    if step is not None:
+    if isinstance(step, int):
+        state["step"] = step
+    elif step is not None:
         # One tensor for each flat, never shared: a shared one would count once for every flat. It lives on the CPU
         # unless the kernel reads it on the device.
         group = optimizer.param_groups[flat.group]
@@ -246,17 +259,16 @@ def _restore_flat(source: Source, engine: Engine, flat: Flat, kinds: list[str], 
 def _hyper_parameters(source: Source, engine: Engine, keep: set[str], restored: Restored) -> None:
     """Groups are matched by their members' names: their number and order may differ between two jobs."""
     saved_group = {name: number for number, group in enumerate(source.index.groups) for name in group.members}
-    members: list[dict[str, None]] = [{} for _ in engine.optimizer.param_groups]
-    for own in engine.layouts():
-        for flat, slots in zip(engine.flats(), own):
-            members[flat.group].update(dict.fromkeys(slot.name for slot in slots))
+    members = group_members(engine)
     changed: dict[str, int] = {}
     mixed: dict[str, None] = {}
     kept: dict[str, None] = {}
     for group, names in zip(engine.optimizer.param_groups, members):
         sources = [source.index.groups[number].hyper
                    for number in dict.fromkeys(saved_group[name] for name in names if name in saved_group)]
-        for key in [key for key in group if key not in RUNNING_KEYS]:
+        if type(engine.optimizer).__name__ == source.index.optimizer:
+            _group_step(group, sources)
+        for key in [key for key in group if key not in RUNNING_KEYS and key != "step"]:
             found = [hyper[key] for hyper in sources if key in hyper]
             if not found:
                 continue
@@ -271,6 +283,15 @@ def _hyper_parameters(source: Source, engine: Engine, keep: set[str], restored: 
     said += [f"{key} as set now (the checkpoint has several values for one group)" for key in mixed if key != "lr"]
     said += [f"{', '.join(kept)} as set now, not as in the checkpoint"] if kept else []
     restored.add("hyper-parameters", "restored", "; ".join([f"{len(members)} group(s)", *said]))
+
+
+def _group_step(group: dict[str, Any], sources: list[dict[str, Any]]) -> None:
+    """LAMB counts its steps in the group instead of beside the moments; like there, the longest count holds."""
+    steps = [hyper["step"] for hyper in sources if "step" in hyper]
+    if steps:
+        group["step"] = max(steps) if isinstance(steps[0], int) else torch.tensor(max(steps), dtype=torch.float32)
+    else:
+        group.pop("step", None)  # as before the first step
 
 
 # ------------------------------------------------------------------------------------------------- without an engine

@@ -74,7 +74,9 @@ def save(run: Path, engine: Engine, *, step: int, ema: list[torch.Tensor] | None
 
     def write() -> dict[str, dict[str, Any]]:
         _check_space(run, needed)
-        return {name: write_safetensors(folder / name, items, _metadata(step)) for name, items in contents.items()}
+        return {name: write_safetensors(folder / name, items, _metadata(step),
+                                        point="save.shard" if name == rank_file(rank) else None)
+                for name, items in contents.items()}
 
     try:
         dist.together(lambda: _say_disk(prepare, run, needed))

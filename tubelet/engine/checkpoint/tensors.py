@@ -1,4 +1,4 @@
-"""safetensors files: written in a stream and hashed on the way, read by slices."""
+"""safetensors files, written in a stream and hashed on the way. Reading them is in `reader.py`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Any
 
 import torch
 
-from tubelet.errors import CheckpointError
+from tubelet import faults
 from tubelet.files import HashingFile
 
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.float64: "F64", torch.int64: "I64",
            torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
-_CHUNK = 1 << 24  # elements that pass through host memory at once
+_CHUNK = 1 << 24  # bytes that pass through host memory at once
 
 
 @dataclass
@@ -61,53 +61,36 @@ def safetensors_bytes(entries: Iterable[Entry], metadata: dict[str, str]) -> int
     return len(_header(entries, metadata)) + sum(item.nbytes for item in entries)
 
 
+def image(entries: Iterable[Entry], metadata: dict[str, str]) -> tuple[bytes, list[tuple[Entry, int]], int]:
+    """The same file as a plan: (header, [(entry, where its bytes begin in the file)], size of the file)."""
+    entries = _ordered(entries)
+    header = _header(entries, metadata)
+    places, place = [], len(header)
+    for item in entries:
+        places.append((item, place))
+        place += item.nbytes
+    return header, places, place
+
+
 @torch.no_grad()
-def write_safetensors(path: Path, entries: Iterable[Entry], metadata: dict[str, str]) -> dict[str, Any]:
+def write_safetensors(path: Path, entries: Iterable[Entry], metadata: dict[str, str], *,
+                      point: str | None = None) -> dict[str, Any]:
     """Write and fsync a safetensors file in a stream; returns {"bytes", "sha256"} of what was written.
 
-    Not the library's `save_file`: that wants all tensors in host memory, hashes nothing and makes files that only their
-    owner can read.
+    `point` names a fault point that is passed when half of the bytes are written. Tensors on the CPU are written from
+    where they lie, so they must not change meanwhile. Not the library's `save_file`: that wants all tensors in host
+    memory, hashes nothing and makes files that only their owner can read.
     """
-    entries = _ordered(entries)
+    header, places, size = image(entries, metadata)
     with HashingFile(path) as file:
-        file.write(_header(entries, metadata))
-        for item in entries:
+        file.write(header)
+        for item, _ in places:
             tensor = item.read().detach()
             assert tensor.numel() == math.prod(item.shape) and tensor.dtype == item.dtype, item.name
-            for part in tensor.reshape(-1).split(_CHUNK) if tensor.numel() else ():
-                file.write(part.cpu().contiguous().view(torch.uint8).numpy().data)
+            for part in tensor.reshape(-1).split(_CHUNK // item.dtype.itemsize) if tensor.numel() else ():
+                data = part.cpu().contiguous().view(torch.uint8).numpy().data
+                if point and file.nbytes + len(data) >= size // 2:
+                    faults.point(point)
+                    point = None
+                file.write(data)
     return {"bytes": file.nbytes, "sha256": file.sha256}
-
-
-class Reader:
-    """safetensors files of one folder, opened when first needed; slices are read without the rest."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self._open: dict[str, Any] = {}
-
-    def file(self, name: str) -> Any:
-        """The open file; raises `CheckpointError` naming it when it cannot be read."""
-        if name not in self._open:
-            from safetensors import SafetensorError, safe_open
-
-            path = self.folder / name
-            try:
-                self._open[name] = safe_open(str(path), framework="pt")
-            except (OSError, SafetensorError) as error:
-                raise CheckpointError(f"{path} cannot be read as safetensors ({error}).",
-                                      "another checkpoint of the run") from None
-        return self._open[name]
-
-    def names(self, file: str) -> set[str]:
-        return set(self.file(file).keys())
-
-    def shape(self, file: str, name: str) -> tuple[int, ...]:
-        return tuple(self.file(file).get_slice(name).get_shape())
-
-    def slice(self, file: str, name: str, start: int, stop: int) -> torch.Tensor:
-        """Elements [start, stop) of a one-dimensional tensor."""
-        return self.file(file).get_slice(name)[start:stop]
-
-    def tensor(self, file: str, name: str) -> torch.Tensor:
-        return self.file(file).get_tensor(name)

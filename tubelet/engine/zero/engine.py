@@ -18,9 +18,10 @@ from torch import nn
 
 from tubelet.dist import World
 from tubelet.engine.batch_norm import average_statistics
-from tubelet.engine.optim import build_optimizer, parameter_groups
+from tubelet.engine.layout import Layout
+from tubelet.engine.optim import build_optimizer, parameter_groups, set_learning_rate
 from tubelet.engine.precision import check_precision
-from tubelet.engine.protocol import Flat, Slot, StepResult
+from tubelet.engine.protocol import Flat, StepResult
 from tubelet.engine.settings import EngineSettings
 from tubelet.engine.zero.deepspeed_config import derive
 from tubelet.engine.zero.shards import Shards
@@ -69,8 +70,7 @@ class ZeroEngine:
 
     def step(self, lr: float) -> StepResult:
         assert self._backwards == self.accumulation, f"{self._backwards} of {self.accumulation} micro-batches were seen"
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr * group["lr_scale"]
+        set_learning_rate(self, lr)
         self.deepspeed.step()
         self._backwards = 0
         norm = self.deepspeed.get_global_grad_norm()
@@ -81,8 +81,8 @@ class ZeroEngine:
     def flats(self) -> list[Flat]:
         return self._shards.flats()
 
-    def layouts(self) -> list[list[list[Slot]]]:
-        return self._shards.layouts()
+    def layout(self) -> Layout:
+        return self._shards.layout
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return dict(self._shapes)
@@ -157,7 +157,7 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
         comm.init_distributed(dist_backend=backend, auto_mpi_discovery=False, verbose=False)
         _joined = default_group
     torch_autocast.TORCH_AUTOCAST_INITIALIZED = False  # never reset there: an earlier amp engine would leave its mark
-    if optimizer.__class__.__module__.startswith("timm."):
+    if optimizer.__class__.__module__.startswith("tubelet."):
         deepspeed_logger.setLevel(logging.ERROR)  # "untested optimizer": tested here
     try:
         engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)  # type: ignore[arg-type]

@@ -1,11 +1,7 @@
-"""Where the elements of every parameter lie in DeepSpeed's flat tensors, by arithmetic; and how to write them.
+"""Where the elements of every parameter lie in DeepSpeed's flat tensors (the rules are in `engine/layout.py`); and how to
+read and write them.
 
-With N ranks and n the number of elements of a parameter:
-
-* stages 1 and 2: each group is one flat tensor of all its parameters end to end (a parameter at offset o), padded at its
-  end and cut into N equal pieces of S elements; rank r holds [r S, (r + 1) S).
-* stage 3: each parameter is cut into N pieces of k = ceil(n / N) elements; rank r holds [r k, min((r + 1) k, n)) of it,
-  and the pieces of a sub-group's parameters stand end to end, k elements each, in one flat tensor.
+At stages 1 and 2 a flat is a group; at stage 3 it is a sub-group, of which `sub_group_size` may make several of a group.
 
 DeepSpeed's own accessors are not used: with several groups `safe_get_full_optimizer_state` fails, with round-robin order
 `safe_get_full_fp32_param` reads the wrong places, and `safe_set_full_*` fails where N does not divide n (0.19.8).
@@ -14,13 +10,15 @@ DeepSpeed's own accessors are not used: with several groups `safe_get_full_optim
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from tubelet.engine.protocol import Flat, Slot
+from tubelet.engine.layout import Cut, Layout, Pieces
+from tubelet.engine.protocol import Flat
 
 EXPECTED = {1: "DeepSpeedZeroOptimizer", 2: "DeepSpeedZeroOptimizer", 3: "DeepSpeedZeroOptimizer_Stage3"}
 
@@ -40,42 +38,29 @@ class Shards:
         return self.zero.single_partition_of_fp32_groups if self.stage < 3 else self.zero.fp32_partitioned_groups_flat
 
     def flats(self) -> list[Flat]:
-        slots = self.slots_of(self.rank)
         flats = []
         for index, key in enumerate(self.keys()):
             group = index if self.stage < 3 else self.zero.sub_group_to_group_id[index]
-            flats.append(Flat(master=key.detach(), key=key, group=group, slots=slots[index]))
+            flats.append(Flat(master=key.detach(), key=key, group=group, slots=self.layout.slots(self.rank, index)))
         return flats
 
-    def layouts(self) -> list[list[list[Slot]]]:
-        return [self.slots_of(rank) for rank in range(self.world_size)]
-
-    def slots_of(self, rank: int) -> list[list[Slot]]:
-        """Slots of each flat of any rank."""
+    @cached_property
+    def layout(self) -> Layout:
+        """The rule in this optimizer's own numbers; it never changes."""
         zero = self.zero
         if self.stage == 3:
-            return [self._slots3(params, rank) for params in zero.fp16_groups]
-        groups = zip(zero.round_robin_bit16_groups, zero.round_robin_bit16_offsets, zero.partition_size)
-        return [self._slots12(params, offsets, size, rank) for params, offsets, size in groups]
+            sizes = {self.names[param]: param.ds_numel for params in zero.fp16_groups for param in params}
+            layout = Pieces(self.world_size, sizes, self._named(zero.fp16_groups))
+        else:  # the round-robin lists are the order in memory, whether or not `round_robin_gradients` is on
+            groups = zero.round_robin_bit16_groups
+            sizes = {self.names[param]: param.numel() for params in groups for param in params}
+            layout = Cut(self.world_size, sizes, self._named(groups), zero.round_robin_bit16_offsets, zero.partition_size)
+        problems = layout.problems()
+        assert not problems, problems
+        return layout
 
-    def _slots12(self, params: list[nn.Parameter], offsets: list[int], size: int, rank: int) -> list[Slot]:
-        low, high = rank * size, (rank + 1) * size
-        slots = []
-        for param, offset in zip(params, offsets):
-            first, last = max(offset, low), min(offset + param.numel(), high)
-            if first < last:
-                slots.append(Slot(self.names[param], first - offset, last - first, first - low))
-        return slots
-
-    def _slots3(self, params: list[Any], rank: int) -> list[Slot]:
-        slots, place = [], 0
-        for param in params:
-            piece = param.partition_numel()
-            first, last = rank * piece, min((rank + 1) * piece, param.ds_numel)
-            if first < last:
-                slots.append(Slot(self.names[param], first, last - first, place))
-            place += piece
-        return slots
+    def _named(self, groups: list[list[Any]]) -> list[list[str]]:
+        return [[self.names[param] for param in params] for params in groups]
 
     # ------------------------------------------------------------------------------------------------- writing
 
@@ -116,24 +101,15 @@ class Shards:
 
     # ------------------------------------------------------------------------------------------------- reading
 
-    def owners(self) -> dict[str, list[tuple[int, int, Slot]]]:
-        """For each trained parameter its pieces in order: (rank, flat, slot)."""
-        pieces: dict[str, list[tuple[int, int, Slot]]] = {}
-        for rank, flats in enumerate(self.layouts()):
-            for index, slots in enumerate(flats):
-                for slot in slots:
-                    pieces.setdefault(slot.name, []).append((rank, index, slot))
-        return pieces
-
     @torch.no_grad()
-    def collect(self, pieces: list[tuple[int, int, Slot]]) -> torch.Tensor | None:
-        """One parameter from its pieces: flat fp32 on the CPU of rank 0, None elsewhere. All ranks call it.
+    def collect(self, name: str) -> torch.Tensor | None:
+        """One parameter from the pieces of all ranks: flat fp32 on the CPU of rank 0, None elsewhere. All ranks call it.
 
         The piece's owner broadcasts it, so no rank ever holds more than one piece of one parameter.
         """
         keys = self.keys()
-        full = torch.empty(sum(slot.length for *_, slot in pieces)) if self.rank == 0 else None
-        for owner, index, slot in pieces:
+        full = torch.empty(self.layout.sizes[name]) if self.rank == 0 else None
+        for owner, index, slot in self.layout.pieces(name):
             if self.rank == owner:
                 piece = keys[index].detach()[slot.offset : slot.offset + slot.length].contiguous()
             else:
@@ -166,14 +142,13 @@ class Shards:
 
     def full_state_dict(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         """See `Engine.full_state_dict`."""
-        owners = self.owners()
         for name, tensor in self.module.state_dict(keep_vars=True).items():
             if not isinstance(tensor, nn.Parameter):  # a buffer: rank 0's
                 value = tensor.detach().cpu().clone()
                 yield name, (value.float() if value.is_floating_point() else value) if self.rank == 0 else None
-            elif self.names[tensor] in owners:  # tied parameters have one name here and several in the state
+            elif self.names[tensor] in self.layout.sizes:  # tied parameters have one name here and several in the state
                 shape = tensor.ds_shape if self.stage == 3 else tensor.shape  # type: ignore[attr-defined]
-                value = self.collect(owners[self.names[tensor]])
+                value = self.collect(self.names[tensor])
                 yield name, value.view(shape) if value is not None else None
             else:
                 value = self.read_frozen(tensor)
