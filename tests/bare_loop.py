@@ -1,6 +1,5 @@
 """The least that trains with DeepSpeed: what `Trainer` is held against in cost, by a test and by a benchmark."""
 
-import torch
 
 from tubelet.engine.optim import build_optimizer, parameter_groups
 from tubelet.engine.zero.deepspeed_config import derive

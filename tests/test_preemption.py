@@ -2,17 +2,14 @@
 training and saving, through real programs: test_resume.py.)"""
 
 import os
-import signal
 import subprocess
 import sys
-import textwrap
 import time
 from datetime import datetime
 
 import pytest
-from programs import ROOT, digests, recipe, rows, run, start, wait_for
+from programs import ROOT
 
-from tubelet.engine.checkpoint.load import read_manifest
 from tubelet.engine.deadline import Deadline
 from tubelet.engine.settings import EngineSettings, OptimizerSettings
 
