@@ -1,6 +1,6 @@
 """What the time of a run was spent on, over all its starts: the goodput report.
 
-Each start keeps `attempts/NNNN.goodput.json` (rank 0's clock by phase, the steps it did); the report reads all of them with
+Each start keeps `attempts/goodput-NNNN.json` (rank 0's clock by phase, the steps it did); the report reads all of them with
 the records of their beginning and end. Its kinds of time, which add up to the whole:
 
     data           waiting for samples
@@ -157,7 +157,7 @@ class Goodput:
 
 
 def _path(run: Run, attempt: Attempt) -> Path:
-    return run.folder / "attempts" / f"{attempt.number:04d}.goodput.json"
+    return run.folder / "attempts" / f"goodput-{attempt.number:04d}.json"  # not NNNN.*.json, which are starts
 
 
 def process_started(pid: int) -> float | None:

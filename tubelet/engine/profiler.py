@@ -83,7 +83,8 @@ class Profiler:
             stem = self.folder / f"step-{first:08d}"
             window.export_chrome_trace(f"{stem}.trace.json.gz")
             order = "self_cpu_time_total" if self.device.type == "cpu" else f"self_{self.device.type}_time_total"
-            Path(f"{stem}.operators.txt").write_text(window.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80) + "\n")
+            operators = window.key_averages().table(sort_by=order, row_limit=40, max_name_column_width=80)
+            Path(f"{stem}.operators.txt").write_text(operators + "\n")
             print(f"profile of {self.end - first} steps: {stem}.trace.json.gz, {stem.name}.operators.txt", flush=True)
         except Exception as error:  # a look at the run must not end it
             print(f"warning: the profile could not be written: {type(error).__name__}: {error}", flush=True)
