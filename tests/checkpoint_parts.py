@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from tubelet import dist
-from tubelet.engine.layout import Cut
-from tubelet.engine.protocol import Flat
+from tubelet.dist import World
+from tubelet.engine.layout import Cut, Whole
+from tubelet.engine.protocol import Flat, Slot
 
 
 class Net(nn.Module):
@@ -91,13 +92,56 @@ class SplitEngine:
         return self
 
 
+class WholeEngine:
+    """The protocol on whole parameters, as the plain engine has it; the optimizer sees them in their own shapes."""
+
+    kind, stage, precision, replicated = "plain", 0, "fp32", True
+
+    def __init__(self, module, optimizer):
+        self.module = self.model = module
+        self.world, self.device = World(), torch.device("cpu")
+        self.named = dict(module.named_parameters())
+        self._flats = [Flat(param.data.view(-1), param, 0, [Slot(name, 0, param.numel(), 0)])
+                       for name, param in self.named.items()]
+        self.optimizer = optimizer([{"params": [flat.key for flat in self._flats]}])
+
+    def flats(self):
+        return self._flats
+
+    def layout(self):
+        return Whole(1, {name: param.numel() for name, param in self.named.items()}, [[name] for name in self.named])
+
+    def shapes(self):
+        return {name: tuple(param.shape) for name, param in self.named.items()}
+
+    def frozen(self):
+        return {}
+
+    def begin_load(self):
+        pass
+
+    def refresh(self):
+        pass
+
+    def train_a_little(self, seed):
+        generator = torch.Generator().manual_seed(seed)
+        for flat in self._flats:
+            flat.key.grad = torch.randn(flat.key.shape, generator=generator)
+        self.optimizer.step()
+        return self
+
+
 def picture(engine, ema=None):
     """{kind: {name: flat array}} of masters, moments and average, put together from all ranks' slots; also
-    {"hyper": {name: group}, "steps": {name: step}, "buffers", "frozen"}. All ranks call it."""
-    pieces, steps = [], {}
+    {"hyper": {name: group}, "steps": {name: step}, "buffers", "frozen"}, and this rank's "shaped" state of whole
+    parameters. All ranks call it."""
+    pieces, steps, shaped = [], {}, {}
     for number, flat in enumerate(engine.flats()):
         state = engine.optimizer.state.get(flat.key, {})
         tensors = {"master": flat.master} | {k: v for k, v in state.items() if k != "step" and v is not None}
+        tensors = {k: v.float() if v.dtype == torch.bfloat16 else v for k, v in tensors.items()}
+        for kind in [kind for kind, value in tensors.items() if value.numel() != flat.master.numel()]:
+            shaped[f"{kind} of {flat.slots[0].name}"] = tensors.pop(kind).numpy().copy()
         if ema is not None:
             tensors["ema"] = ema[number]
         for slot in flat.slots:
@@ -113,6 +157,8 @@ def picture(engine, ema=None):
             size = int(np.prod(engine.shapes()[name]))
             out = whole.setdefault(kind, {}).setdefault(name, np.full(size, np.float32(12345.678)))
             out[start : start + values.size] = values
+    if shaped:
+        whole["shaped"] = shaped
     members = {}
     for number, flat in enumerate(engine.flats()):
         members |= dict.fromkeys(engine.layout().members(number), flat.group)

@@ -68,8 +68,8 @@ def reseal(folder, **changes):
 def swap_places(folder):
     """An index in which two parameters claim the same elements, under a manifest that vouches for it."""
     index = json.loads((folder / "index.json").read_text())
-    flat = next(slots for slots in index["ranks"][0].values() if len(slots) > 1)
-    flat[1][0] = flat[0][0]
+    flat = next(flat for flat in index["layout"]["flats"] if len(flat["members"]) > 1)
+    flat["offsets"][1] -= 1
     (folder / "index.json").write_text(json.dumps(index))
     reseal(folder)
 

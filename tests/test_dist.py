@@ -1,5 +1,9 @@
 """Where a process stands, from whatever launched it; ranks that agree."""
 
+import socket
+import time
+from typing import Any
+
 import pytest
 from ranks import run_ranks
 
@@ -61,3 +65,119 @@ def test_ranks_agree_and_a_failure_of_one_is_raised_on_all():
         assert seen["gather"] == [0, 10] and seen["broadcast"] == "from 1"
         assert seen["sums"] == [2.0, 1.0] and seen["maxima"] == [0.0]
         assert "shard of rank 1 vanished" in seen["error"] and "Try: restore it" in seen["error"]
+
+
+def _restart(world, port, *seconds):
+    """The same ranks in new groups with these time-outs: training, control, saving, evaluating."""
+    dist.stop()
+    train, control, save, evaluate = seconds
+    dist.start(dist.World(world.rank, world.size, world.local_rank, world.local_size, world.address, port), train, control,
+               save_timeout_seconds=save, eval_timeout_seconds=evaluate)
+
+
+def _failure(action):
+    """(seconds, the error) of an action that must fail."""
+    started = time.monotonic()
+    try:
+        action()
+    except RuntimeError as error:
+        return time.monotonic() - started, error
+    raise AssertionError("no error came")
+
+
+def _patiently(world, device, port):
+    import torch
+    import torch.distributed as torch_dist
+
+    _restart(world, port, 1, 60, 30, 30)
+    own: Any = torch_dist.new_group(backend="gloo")  # as DeepSpeed makes its own: with torch's time-out, not ours
+    one, late = torch.ones(1), 1.5 * (world.rank == 1)
+    with dist.patience("train"):
+        torch_dist.all_reduce(one), torch_dist.all_reduce(one, group=own)  # connected: what follows measures waiting alone
+        with dist.patience("save"):
+            time.sleep(late)  # a save that is slower than timeout_seconds on one rank
+            dist.barrier()
+        with dist.patience("evaluate"):
+            time.sleep(late)
+            torch_dist.all_reduce(one), torch_dist.all_reduce(one, group=own)  # ZeRO-3 gathers weights in evaluation
+            time.sleep(late)  # and is slow after its last collective too: the others must not go on without it
+        total = dist.sums([1.0])
+        time.sleep(late)
+        waited, error = _failure(lambda: torch_dist.all_reduce(one, group=own))
+        text = str(dist.explain(error))
+    dist.stop()
+    return total, waited, text
+
+
+def test_slow_saving_and_evaluating_outlive_the_time_out_of_training_and_training_does_not():
+    (total, waited, text), (other, _, _) = run_ranks(_patiently, 2, dist.free_port(), timeout=60)
+    assert total == other == [2.0]
+    assert 0.8 < waited < 3, waited  # timeout_seconds=1 holds for a group of DeepSpeed's kind, not torch's half an hour
+    assert "timed out after 1 s while training (timeout_seconds=1)" in text and "a higher timeout_seconds" in text
+
+
+def _broken(world, device, ports):
+    import torch
+    import torch.distributed as torch_dist
+
+    def save():
+        with dist.patience("train"), dist.patience("save"):
+            time.sleep(3 * world.rank)
+            dist.barrier()
+
+    def train():
+        with dist.patience("train"):
+            torch_dist.all_reduce(torch.ones(1))
+
+    _restart(world, ports[0], 20, 60, 1.5, 30)
+    _, error = _failure(save)
+    dist.bear_witness("rank 1 on host n7 has not been heard of for 45 s.")
+    late = dist.explain(error)
+    assert late and late.__cause__ is error
+    _restart(world, ports[1], 20, 60, 30, 30)
+    train()
+    if world.rank == 0:
+        lost = str(dist.explain(_failure(train)[1]))
+    else:
+        lost = ""
+    dist.stop()  # rank 1 leaves at once, rank 0 after it saw that
+    return str(late), lost, socket.gethostname()
+
+
+def test_a_broken_collective_is_explained_with_its_setting_and_peer():
+    (late, lost, name), (other, _, _) = run_ranks(_broken, 2, (dist.free_port(), dist.free_port()), timeout=60)
+    assert "timed out after 1.5 s while saving or restoring (save_timeout_seconds=1.5)" in late
+    assert "rank 1 on host n7 has not been heard of for 45 s." in late and "Try: a higher save_timeout_seconds" in late
+    assert "Lost the connection to one of the ranks 0-1" in other, other  # rank 0 had given up
+    assert f"Lost the connection to one of the ranks 0-1 on host {name}" in lost and "while training" in lost
+    assert "Try: " in lost and "first-error" in lost
+
+
+MESSAGES = {
+    "[Rank 1] Watchdog caught collective operation timeout: WorkNCCL(SeqNum=9, OpType=ALLREDUCE, NumelIn=1, NumelOut=1, "
+    "Timeout(ms)=600000) ran for 600029 milliseconds before timing out.": "timed out after 600.029 s while training "
+                                                                           "(timeout_seconds=600)",
+    "NCCL error in: ProcessGroupNCCL.cpp:3690, remote process exited or there was a network error": "Lost the connection to "
+                                                                                                    "another rank",
+    "[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.1.0.7]:14725.": "one of the ranks 2-3 on host n7",
+    "[/gloo/transport/tcp/pair.cc:561] Connection closed by peer [10.9.9.9]:14725.": "a rank at 10.9.9.9",
+    "[/gloo/transport/tcp/unbound_buffer.cc:78] Application timeout caused pair closure": "A collective timed out",
+    "The client socket has timed out after 600000ms while trying to connect to (n0, 29500).": "The ranks did not meet",
+}
+
+
+@pytest.mark.parametrize("message", MESSAGES, ids=range(len(MESSAGES)))
+def test_messages_of_nccl_gloo_and_the_store_are_understood(message):
+    from torch.distributed import DistBackendError, DistNetworkError
+
+    from tubelet.meeting import Meeting, explanation
+
+    meeting = Meeting({"train": 600}, 2 * [("n0", "10.1.0.0")] + 2 * [("n7", "10.1.0.7")], "train")
+    kind = RuntimeError if "gloo" in message else DistNetworkError if "client" in message else DistBackendError
+    assert MESSAGES[message] in str(explanation(kind(message), meeting))
+
+
+def test_other_errors_are_left_alone():
+    for error in (RuntimeError("CUDA out of memory"), RuntimeError("timed out reading a shard"), DataError("gloo timed out"),
+                  ValueError("gloo: Connection closed by peer [1.2.3.4]:5"), OSError("Connection reset by peer")):
+        assert dist.explain(error) is None, error

@@ -22,10 +22,11 @@ def by_name(groups):
     """name -> (lr_scale, weight_decay); fails when a parameter stands in two groups."""
     found = {}
     for group in groups:
-        assert len(group["params"]) == len(group["param_names"]) > 0
-        for name in group["param_names"]:
+        assert len(group["params"]) == len(group["param_names"]) == len(group["lr_scales"]) > 0
+        assert group["lr_scales"] == sorted(group["lr_scales"])  # one stretch for each scale
+        for name, scale in zip(group["param_names"], group["lr_scales"]):
             assert name not in found
-            found[name] = (group["lr_scale"], group["weight_decay"])
+            found[name] = (scale, group["weight_decay"])
     return found
 
 
@@ -54,7 +55,7 @@ def test_layer_decay_is_a_power_of_the_layers_above():
                 "blocks.0.attn.qkv.weight": 0.75**3, "patch_embed.proj.bias": 0.75**4, "cls_token": 0.75**4,
                 "pos_embed": 0.75**4}
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    assert len(groups) == 10  # five layers, decayed or not
+    assert len(groups) == 2  # decayed or not: the scale makes no groups
 
 
 def test_undecayed_names_of_a_model_inside_a_model_count():
@@ -119,4 +120,4 @@ def test_settings_reach_the_optimizer():
     fresh = parameter_groups(vit(), OptimizerSettings(lr=1))
     lion = build_optimizer(fresh, OptimizerSettings(name="lion", lr=1, betas=(0.95, 0.98)), CPU)
     assert lion.defaults["betas"] == (0.95, 0.98)
-    assert all({"name", "lr_scale", "weight_decay", "param_names"} <= set(group) for group in lion.param_groups)
+    assert all({"name", "weight_decay", "param_names"} <= set(group) for group in lion.param_groups)

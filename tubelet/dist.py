@@ -1,9 +1,10 @@
 """Rank, world, device and process group, whoever launched us; and how ranks agree.
 
 The place of this process is read from the environment in this order: torchrun, PMI, SLURM, Open MPI, else a single
-process. MPI discovery is never used. Two process groups exist: the default one (NCCL on GPUs, gloo on CPUs) carries
-gradients; a gloo *control* group with a longer time-out of its own carries flags, decisions and objects, so that a
-slow save never trips the training time-out.
+process. MPI discovery is never used. Two kinds of process groups exist: the default one (NCCL on GPUs, gloo on CPUs) and
+what DeepSpeed makes beside it carry gradients; one gloo *control* group carries flags, decisions and objects. Each has a
+time-out, and `patience` changes them for training, saving and evaluating, so that a slow save never trips the training
+time-out; `explain` says what to do when one was met all the same.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from tubelet.errors import ConfigError, TubeletError
+from tubelet.meeting import DOING, MARK, Meeting, explanation
 
 if TYPE_CHECKING:
     import torch
@@ -108,6 +112,8 @@ def resolve(env: Mapping[str, str] | None = None) -> World:
 # ------------------------------------------------------------------------------------------- process groups
 
 _control: Any = None  # the control group; None = single process without a group
+_meeting = Meeting()  # made by `start`, kept after `stop` so that errors can be explained
+_waits: AbstractContextManager[Any] = nullcontext()
 
 
 def free_port() -> int:
@@ -117,12 +123,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(world: World, timeout_seconds: float = 600, control_timeout_seconds: float = 7200) -> torch.device:
+def start(world: World, timeout_seconds: float = 600, control_timeout_seconds: float = 7200, *,
+          save_timeout_seconds: float = 3600, eval_timeout_seconds: float = 3600) -> torch.device:
     """Join the process group (all ranks call it) and return this rank's device. Also sets what DeepSpeed reads.
 
-    A single process gets a group of one, so that every engine runs the same code at any world size.
+    A single process gets a group of one, so that every engine runs the same code at any world size. The time-outs are those
+    of collectives, in seconds: of gradients, of the control group outside of any `patience`, and inside those of saving and
+    evaluating.
     """
-    global _control
+    global _control, _meeting
     import torch
     import torch.distributed as dist
 
@@ -146,17 +155,90 @@ def start(world: World, timeout_seconds: float = 600, control_timeout_seconds: f
         dist.init_process_group("nccl" if cuda else "gloo", rank=world.rank, world_size=world.size,
                                 timeout=timedelta(seconds=timeout_seconds), device_id=device if cuda else None)
     _control = dist.new_group(backend="gloo", timeout=timedelta(seconds=control_timeout_seconds))
+    _meeting = Meeting({"": control_timeout_seconds, "train": timeout_seconds, "save": save_timeout_seconds,
+                         "evaluate": eval_timeout_seconds})
+    _meeting.hosts = gather(_own_host())
     return device
+
+
+def _own_host() -> tuple[str, str]:
+    name = socket.gethostname()
+    try:
+        return name, socket.gethostbyname(name)  # the same question that gloo asks when a group is made
+    except OSError:
+        return name, ""
+
+
+def host(rank: int) -> str:
+    """The name of the host that a rank runs on; "?" before `start`."""
+    return _meeting.name_of(rank)
 
 
 def stop() -> None:
     """Leave the process group. Without this the next start on the same port can abort."""
-    global _control
+    global _control, _waits
     import torch.distributed as dist
 
-    _control = None
+    _control, _waits = None, nullcontext()
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def patience(what: str) -> Iterator[None]:
+    """Collectives that begin inside wait as long as `what` allows: "train", "save" (restoring too) or "evaluate". All ranks
+    enter and leave it at the same place in the program; it may be nested, and the innermost one counts.
+
+    It holds for the control group and for every other group of this process, NCCL or gloo, the ones of DeepSpeed included.
+    (Until the first `patience` those have torch's own time-out, 10 minutes under NCCL and 30 under gloo, whatever
+    `timeout_seconds` says.) A collective that is already under way keeps the time-out it began with. Leaving costs one
+    barrier when what follows is less patient: else the first rank out would wait for the others by the shorter time-out.
+    """
+    assert what in DOING and what, what
+    before = _meeting.doing
+    try:
+        _be_patient(what)
+        yield
+        if _seconds(before) < _seconds(what):
+            barrier()
+    except BaseException as error:
+        if not hasattr(error, MARK):
+            setattr(error, MARK, what)
+        raise
+    finally:
+        _be_patient(before)
+
+
+def _seconds(what: str) -> float:
+    return _meeting.seconds.get(what, float("inf"))
+
+
+def _be_patient(what: str) -> None:
+    import torch.distributed as dist
+
+    _meeting.doing = what
+    if not (dist.is_available() and dist.is_initialized()) or not _meeting.seconds:
+        return
+    control, others = _meeting.seconds[what], _meeting.seconds[what or "train"]
+    for group in list(dist.distributed_c10d._world.pg_map):
+        _set_timeout(group, control if group is _control else others)
+
+
+def _set_timeout(group: Any, seconds: float) -> None:
+    """torch's way; its name was `_set_pg_timeout` until 2.14."""
+    import torch.distributed as dist
+
+    change = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a backend of neither kind warns and keeps its own
+        change(timedelta(seconds=seconds), group)
+
+
+def mark_waits(context: AbstractContextManager[Any] | None) -> None:
+    """Enter `context` (such as `phases("wait")`, made to be entered again and again) around every collective of the control
+    group; None = no longer. Ended by `stop`."""
+    global _waits
+    _waits = context or nullcontext()
 
 
 def _alone() -> bool:
@@ -170,7 +252,8 @@ def barrier() -> None:
     import torch.distributed as dist
 
     if not _alone():
-        dist.barrier(group=_control)
+        with _waits:
+            dist.barrier(group=_control)
 
 
 def broadcast(value: T, source: int = 0) -> T:
@@ -180,7 +263,8 @@ def broadcast(value: T, source: int = 0) -> T:
     if _alone():
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=source, group=_control)
+    with _waits:
+        dist.broadcast_object_list(box, src=source, group=_control)
     return box[0]
 
 
@@ -191,32 +275,45 @@ def gather(value: T) -> list[T]:
     if _alone():
         return [value]
     box: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(box, value, group=_control)
+    with _waits:
+        dist.all_gather_object(box, value, group=_control)
     return box
 
 
 def sums(values: list[float]) -> list[float]:
     """Element-wise float64 sums over ranks (control group). All ranks call it with lists of one length."""
-    import torch
-    import torch.distributed as dist
-
-    if _alone():
-        return list(values)
-    tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, group=_control)
-    return tensor.tolist()
+    return _reduced(values, "SUM")
 
 
 def maxima(values: list[float]) -> list[float]:
     """Element-wise float64 maxima over ranks (control group). All ranks call it with lists of one length."""
+    return _reduced(values, "MAX")
+
+
+def _reduced(values: list[float], how: str) -> list[float]:
     import torch
     import torch.distributed as dist
 
     if _alone():
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=_control)
+    with _waits:
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, how), group=_control)
     return tensor.tolist()
+
+
+def bear_witness(sentence: str) -> None:
+    """Keep who is missing, in a sentence, for `explain`; the last one counts."""
+    _meeting.witness = sentence.strip()
+
+
+def explain(error: BaseException) -> TubeletError | None:
+    """What a failed collective of torch means to a user, or None when `error` is something else.
+
+    Recognised are time-outs and lost connections of gloo, NCCL and the rendezvous store. The answer names what was being
+    done, the setting of its time-out, and the peer as far as it is known; its cause is `error`.
+    """
+    return explanation(error, _meeting)
 
 
 def together(action: Callable[[], T]) -> T:

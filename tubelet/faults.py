@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import time
 
-POINTS = ("save.begin", "save.shard", "save.index", "save.manifest", "save.commit", "save.published", "prune.manifest",
-          "prune.files")
+POINTS = ("save.begin", "stage.copy", "save.handed", "save.shard", "save.index", "save.manifest", "save.commit",
+          "save.published", "prune.manifest", "prune.files")
 
 
 def point(name: str) -> None:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from tubelet.dist import World
-from tubelet.engine.optim import parameter_groups
+from tubelet.engine.optim import check_optimizer, parameter_groups
 from tubelet.engine.precision import check_precision, resolve_precision
 from tubelet.engine.protocol import Engine
 from tubelet.engine.settings import EngineSettings
@@ -30,7 +30,8 @@ def build_engine(module: nn.Module, settings: EngineSettings, *, world: World, d
                      "another micro_batch_size, or micro_batch_size=auto")
     if settings.engine == "plain" and settings.zero.config is not None:
         problems.add("zero.config is given, but engine=plain does not run DeepSpeed.", "engine=zero, or zero.config=null")
-    for check in (lambda: check_precision(module, settings, device), lambda: parameter_groups(module, settings.optimizer)):
+    for check in (lambda: check_precision(module, settings, device), lambda: parameter_groups(module, settings.optimizer),
+                  lambda: check_optimizer(settings)):
         try:
             check()
         except ConfigError as error:
@@ -39,7 +40,7 @@ def build_engine(module: nn.Module, settings: EngineSettings, *, world: World, d
         from tubelet.engine.zero.deepspeed_config import check_user_config, read_user_config
 
         try:
-            check_user_config(read_user_config(settings), settings.zero.stage, problems)
+            check_user_config(read_user_config(settings), problems)
         except ConfigError as error:
             problems.items.append(error)
     problems.raise_if_any()

@@ -1,11 +1,13 @@
 """Parameter groups and optimizers.
 
-Parameters are grouped by (learning-rate scale, weight decay) and by nothing else, so that a group is one long flat
-tensor under ZeRO. Not here: the schedule (`schedule.py`), clipping and skipping (the engines).
+Parameters are grouped by weight decay and by nothing else, so that a group is one long flat tensor under ZeRO; layer-wise
+learning rates are the optimizers' own matter (`optim_flat.py`). Not here: the schedule (`schedule.py`), clipping and
+skipping (the engines).
 
-Decay is decoupled for every optimizer: a step first multiplies a decayed weight by `1 - lr * weight_decay`. That is
-AdamW's rule (arXiv 1711.05101) and big_vision's for Adam, Lion and SGD; big_vision's own numbers are this coefficient
-times the peak learning rate. The papers' SGD recipes fine-tune without decay, where it makes no difference.
+Decay is decoupled for every optimizer but LAMB: a step first multiplies a decayed weight by `1 - lr * weight_decay`. That
+is AdamW's rule (arXiv 1711.05101) and big_vision's for Adam, Adafactor, Lion and SGD; big_vision's own numbers are this
+coefficient times the peak learning rate. LAMB's paper adds `weight_decay * weight` to the update before it is scaled.
+The papers' SGD recipes fine-tune without decay, where it makes no difference.
 """
 
 from __future__ import annotations
@@ -17,18 +19,33 @@ from typing import Any
 import torch
 from torch import nn
 
-from tubelet.engine.settings import OptimizerSettings
+from tubelet.engine.protocol import Engine
+from tubelet.engine.settings import EngineSettings, OptimizerSettings
 from tubelet.errors import ConfigError, Problems, nearest
+
+WHOLE_TENSORS = ("adafactor", "lamb")
+"""Optimizers that look at whole tensors: the plain engine gives them keys of the parameters' own shapes."""
+
+
+def check_optimizer(settings: EngineSettings) -> None:
+    """Raise `ConfigError` for an optimizer that the engine cannot run. Needs no model and no process group."""
+    name = settings.optimizer.name
+    if settings.engine == "zero" and name in WHOLE_TENSORS:
+        what = ("factors its second moment by rows and columns" if name == "adafactor" else
+                "scales updates by the norm of each tensor")
+        raise ConfigError(f"optimizer.name is {name}, which {what}, but ZeRO cuts tensors into flat pieces, where these do "
+                          "not exist.", "engine=plain, or optimizer.name=adamw (with the same decay; tune lr anew)")
 
 
 def parameter_groups(module: nn.Module, settings: OptimizerSettings) -> list[dict[str, Any]]:
     """Optimizer groups of the trained parameters, in the order of their first member; freezes what `frozen` matches.
 
-    Keys: `params`, `param_names`, `name`, `lr_scale` (the engine multiplies the step's learning rate by it) and
-    `weight_decay`. Decayed are tensors of two or more dimensions named `...weight` that the model's
-    `no_weight_decay()` does not list: not biases, norms, position tables, tokens and pooling probes (the rule of
-    big_vision, which decays what flax names `kernel`). `head_weight_decay` is for the classifier's weight alone; the
-    kernels of a pooling head count as body (Scaling Vision Transformers, 2106.04560, section 3.1).
+    Keys: `params`, `param_names`, `name`, `weight_decay` and `lr_scales`: of each parameter the scale of the learning
+    rate. Members stand by rising scale, so that a flat has one stretch for each scale. Decayed are tensors of two or more
+    dimensions named `...weight` that the model's `no_weight_decay()` does not list: not biases, norms, position tables,
+    tokens and pooling probes (the rule of big_vision, which decays what flax names `kernel`). `head_weight_decay` is for
+    the classifier's weight alone; the kernels of a pooling head count as body (Scaling Vision Transformers, 2106.04560,
+    section 3.1).
     """
     problems = Problems(ConfigError)
     freeze(module, settings.frozen, problems)
@@ -43,18 +60,18 @@ def parameter_groups(module: nn.Module, settings: OptimizerSettings) -> list[dic
     problems.raise_if_any()
 
     undecayed = _undecayed(module)
-    groups: dict[tuple[float, float], dict[str, Any]] = {}
+    groups: dict[float, dict[str, Any]] = {}
     for name, param in trained:
         decay = settings.weight_decay
         if name in heads and settings.head_weight_decay is not None:
             decay = settings.head_weight_decay
         if param.ndim <= 1 or not name.endswith("weight") or any(fnmatch(name, pattern) for pattern in undecayed):
             decay = 0.0
-        scale = scales.get(name, 1.0)
-        group = groups.setdefault((scale, decay), {"params": [], "param_names": [], "name": f"lr{scale:g}_wd{decay:g}",
-                                                   "lr_scale": scale, "weight_decay": decay})
-        group["params"].append(param)
-        group["param_names"].append(name)
+        group = groups.setdefault(decay, {"name": f"wd{decay:g}", "weight_decay": decay, "members": []})
+        group["members"].append((scales.get(name, 1.0), name, param))
+    for group in groups.values():
+        members = sorted(group.pop("members"), key=lambda member: member[0])  # stable: else in the model's order
+        group["lr_scales"], group["param_names"], group["params"] = map(list, zip(*members))
     return list(groups.values())
 
 
@@ -115,17 +132,34 @@ def _layer_scales(module: nn.Module, layer_decay: float, problems: Problems) -> 
 
 def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings,
                     device: torch.device) -> torch.optim.Optimizer:
-    """A torch optimizer over `parameter_groups`. Every one here works element by element, so it can run on flat shards.
+    """An optimizer over `parameter_groups`; takes `lr_scales` out of the groups and keeps them itself.
 
-    `adam` and `adamw` are the same computation here, because decay is always decoupled.
+    All but `WHOLE_TENSORS` work element by element, so they can run on flat shards. `adam` and `adamw` are the same
+    computation here, because decay is always decoupled. Before each step `set_learning_rate` must be called.
     """
+    from tubelet.engine import optim_flat
+
+    scales = {name: scale for group in groups for name, scale in zip(group["param_names"], group.pop("lr_scales"))}
     lr, betas = settings.lr, (settings.betas[0], settings.betas[1])
     if settings.name in ("adamw", "adam"):
         # Fused on GPUs only: on a CPU it rounds by position in the flat, and two layouts would drift apart.
-        return torch.optim.AdamW(groups, lr=lr, betas=betas, eps=settings.eps,
-                                 fused=True if device.type == "cuda" else None)
-    from timm.optim import SGDW, Lion
+        optimizer: optim_flat.Scaled = optim_flat.AdamW(groups, lr=lr, betas=betas, eps=settings.eps,
+                                                        fused=True if device.type == "cuda" else None)
+    elif settings.name == "sgd":
+        optimizer = optim_flat.SGDW(groups, lr=lr, momentum=settings.momentum)
+    elif settings.name == "lion":
+        optimizer = optim_flat.Lion(groups, lr=lr, betas=betas)
+    elif settings.name == "adafactor":
+        optimizer = optim_flat.Adafactor(groups, lr=lr, betas=betas)
+    else:
+        optimizer = optim_flat.Lamb(groups, lr=lr, betas=betas, eps=settings.eps)
+    optimizer.scales = {} if set(scales.values()) == {1.0} else scales
+    return optimizer
 
-    if settings.name == "sgd":
-        return SGDW(groups, lr=lr, momentum=settings.momentum)
-    return Lion(groups, lr=lr, betas=betas)
+
+def set_learning_rate(engine: Engine, lr: float) -> None:
+    """The learning rate of the next step: `lr` times its scale in each place. The engines' `step` calls it."""
+    optimizer: Any = engine.optimizer
+    optimizer.bind(engine)
+    for group in optimizer.param_groups:
+        group["lr"] = lr

@@ -10,10 +10,12 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Literal, get_args
 
+PhaseName = Literal["start", "restore", "data", "compute", "save", "evaluate", "log", "wait"]
 LONG = ("start", "restore", "save", "evaluate")
-"""Phases with a time limit of their own. What is marked inside one (waiting for ranks while saving, reading while evaluating)
-shows in `Phases.name`, but its time counts to the long phase, so that the goodput report knows what a save has cost."""
+"""Phases with a time limit of their own. What is marked inside one (waiting for ranks while saving, reading while
+evaluating) shows in `Phases.name`, but its time counts to the long phase: the goodput report asks what a save has cost."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Phases:
     """The phase that this rank's main thread is in. A job begins in `start`, which ends when the first batch is asked for;
     whatever is marked by nothing counts to `compute` from then on."""
 
-    NAMES = ("start", "restore", "data", "compute", "save", "evaluate", "log", "wait")
+    NAMES: tuple[PhaseName, ...] = get_args(PhaseName)
     """`wait` = agreeing with other ranks over the control group (`dist.mark_waits`)."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
@@ -44,11 +46,11 @@ class Phases:
         """The last finished step."""
         self.name = self.owner = "start"
         self.since = self.moved_at = self._counted_until = clock()
-        self._seconds = dict.fromkeys(self.NAMES, 0.0)
+        self._seconds: dict[str, float] = dict.fromkeys(self.NAMES, 0.0)
         self._outer: list[tuple[str, str, float]] = []
         self._phases = {name: _Phase(self, name) for name in self.NAMES}
 
-    def __call__(self, name: str) -> AbstractContextManager[None]:
+    def __call__(self, name: PhaseName) -> AbstractContextManager[None]:
         """A context manager for one of `NAMES`; entering and leaving it costs about a microsecond. Nested phases: the inner
         time is not counted to the outer phase, except inside a long one (`LONG`)."""
         return self._phases[name]

@@ -24,12 +24,14 @@ import re
 from pathlib import Path
 from typing import Any
 
-from tubelet import safe_io
-from tubelet.errors import CheckpointError, TubeletError
+from tubelet.engine.checkpoint import place
+from tubelet.errors import CheckpointError
 
 FORMAT = 2  # what is written; all from 1 on are read
 MANIFEST, INDEX, BUFFERS, FROZEN, LATEST = ("manifest.json", "index.json", "buffers.safetensors", "frozen.safetensors",
                                             "latest")
+ENGINES = ("zero", "plain")
+_FILE = re.compile(r"[A-Za-z0-9][\w.-]*")  # directly in the folder
 
 
 def folder_name(step: int) -> str:
@@ -58,23 +60,33 @@ def _digest(content: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
+def read_json(path: Path) -> Any:
+    """A JSON file of a checkpoint, on a disk or in a store. Raises `CheckpointError` that names it when it is missing,
+    cannot be read or is not JSON."""
+    try:
+        return json.loads(place.read(path))
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.", "check the path") from None
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path} is not JSON ({error}).", "another checkpoint of the run") from None
+
+
 def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a checkpoint: `format`, `step`, `samples`, `files`, `world_size`, `engine`, `versions`, `created`
-    and the keys of the caller's `extra`. Raises `CheckpointError` when it is missing, damaged or of another format."""
-    path = Path(folder) / MANIFEST
-    if not path.exists():
+    and the keys of the caller's `extra`. Raises `CheckpointError` when it is missing, damaged, of another format, or of
+    another step than its folder's name says."""
+    folder = place.place(folder)
+    path = folder / MANIFEST
+    if not place.exists(path):
         raise CheckpointError(f"{folder} has no {MANIFEST}, so it is no finished checkpoint.",
                               "a folder whose save has finished (`tubelet ckpt info` on the run lists them)")
+    content = read_json(path)
     try:
-        content = safe_io.read_json(path)
-        version, recorded, files = content["format"], content.pop("sha256"), content["files"]
-        if version in range(1, FORMAT + 1) and recorded != _digest(content):
-            raise ValueError("its content does not agree with its own SHA-256")
-        for name, entry in files.items():
-            if Path(name).name != name or not isinstance(entry["bytes"], int) or not isinstance(entry["sha256"], str):
-                raise ValueError(f"file entry {name!r}")
-    except TubeletError as error:
-        raise CheckpointError(error.problem, error.hint) from None
+        version = content["format"]
+        if version in range(1, FORMAT + 1):
+            if content.pop("sha256") != _digest(content):
+                raise ValueError("its content does not agree with its own SHA-256")
+            _check(content, folder.name)
     except (KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged or no manifest ({type(error).__name__}: {error}).",
                               "another checkpoint of the run") from None
@@ -82,3 +94,22 @@ def read_manifest(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} has format {version!r}, this version of Tubelet reads formats 1 to {FORMAT}.",
                               "the version of Tubelet that wrote it (see `versions` in its manifest.json)")
     return content
+
+
+def _check(content: dict[str, Any], folder: str) -> None:
+    """Raise one of Python's ordinary errors where a manifest's values cannot be: readers need not look again."""
+    for name, entry in content["files"].items():
+        if not _FILE.fullmatch(name) or type(entry["bytes"]) is not int or entry["bytes"] < 0 \
+                or not re.fullmatch("[0-9a-f]{64}", entry["sha256"]):
+            raise ValueError(f"file entry {name!r}")
+    step, world, engine = content["step"], content["world_size"], content["engine"]
+    if type(step) is not int or type(world) is not int or step < 0 or world < 1:
+        raise ValueError(f"step {step!r}, world_size {world!r}")
+    named = re.search(r"step-(\d{8,})(?:-\d+)?$", folder)
+    if named and int(named[1]) != step:
+        raise ValueError(f"it is of step {step}, the folder of step {int(named[1])}: the name was changed")
+    if engine["kind"] not in ENGINES:
+        raise ValueError(f"engine {engine['kind']!r} is none of {', '.join(ENGINES)}")
+    if not {"stage", "precision"} <= engine.keys() or not isinstance(content["created"], str):
+        raise ValueError("`engine` or `created`")
+    content["versions"].items()

@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tubelet import safe_io
+from tubelet.engine.checkpoint import place
 from tubelet.engine.checkpoint.format import FORMAT, INDEX
 from tubelet.engine.layout import Layout, Listed, from_json
-from tubelet.errors import CheckpointError, TubeletError
+from tubelet.errors import CheckpointError
 
 _STATE_DTYPES = {"float64", "float16", "bfloat16"}
 
@@ -80,12 +80,17 @@ class Index:
     @classmethod
     def read(cls, folder: Path) -> Index:
         """The index of a folder. Raises `CheckpointError` when it is not one."""
-        path = folder / INDEX
         try:
-            data = safe_io.read_json(path)
-            index = cls.from_json(data)
-        except TubeletError as error:
-            raise CheckpointError(error.problem, error.hint) from None
+            return cls.parse(folder / INDEX, place.read(folder / INDEX))
+        except OSError as error:
+            raise CheckpointError(f"{folder / INDEX} cannot be read: {error.strerror or error}.",
+                                  "another checkpoint of the run") from None
+
+    @classmethod
+    def parse(cls, path: Path, text: bytes) -> Index:
+        """The index in a file's bytes; `path` is for errors. Raises `CheckpointError` when it is not one."""
+        try:
+            index = cls.from_json(json.loads(text))
         except (KeyError, TypeError, ValueError, IndexError, AttributeError, OverflowError, RecursionError) as error:
             raise CheckpointError(f"{path} is not an index of format 1 to {FORMAT} ({type(error).__name__}: {error}).",
                                   "another checkpoint of the run") from None

@@ -1,27 +1,34 @@
 """Writing a checkpoint: every rank its own flat tensors, rank 0 the rest, and one rename that makes it exist.
 
-Nothing is gathered, so a save costs host memory for one chunk of one tensor, and disk bandwidth is that of all ranks
-together. It is synchronous: training waits until the files are on disk. Call it between steps only (gradients and
-half-accumulated steps are not saved).
+Nothing is gathered, so disk bandwidth is that of all ranks together. Two ways: synchronous, in which training waits until
+the files are on disk and host memory for a few chunks is enough; and asynchronous, in which training waits for a copy of
+the state (`staging.py`), a process beside it writes the files (`tubelet/engine/writer.py`) and a later, short act of all
+ranks publishes them. Both write the same bytes. Save between steps only (gradients and half-accumulated steps are not
+saved). Not here: which checkpoints are kept (`folder.py`), what a rank writes (`describe.py`).
 """
 
 from __future__ import annotations
 
 import errno
+import functools
+import json
 import os
 import platform
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from tubelet import __version__, dist, faults, files
 from tubelet.engine.batch_norm import average_statistics
 from tubelet.engine.checkpoint import folder as folders
+from tubelet.engine.checkpoint import place
 from tubelet.engine.checkpoint.describe import buffers, describe, rank_entries
 from tubelet.engine.checkpoint.format import (
     BUFFERS,
@@ -34,106 +41,264 @@ from tubelet.engine.checkpoint.format import (
     rank_file,
     seal,
 )
-from tubelet.engine.checkpoint.tensors import entry, safetensors_bytes, write_safetensors
+from tubelet.engine.checkpoint.staging import Outgoing, Staging, Writer
+from tubelet.engine.checkpoint.tensors import entry, write_image
 from tubelet.engine.protocol import Engine
+from tubelet.engine.settings import CheckpointSettings
 from tubelet.errors import CheckpointError, SupersededError
+
+T = TypeVar("T")
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+@dataclass
+class _Save:
+    """One save on its way. `content` is the manifest but for its files (rank 0)."""
+
+    step: int
+    folder: Path
+    outgoing: list[Outgoing]
+    content: dict[str, Any]
+    started: float
+    needed: int = 0
+    """Bytes of all ranks together."""
+
+
+class Saver:
+    """Saves the state of one engine into `target`, a run's folder or a place on an object store. All ranks build one.
+
+    `before_commit` runs on rank 0 before anything is written and again right before the manifest appears, and may raise:
+    then this save is not published. `attempt` is noted in the manifest. A save that fails removes what it wrote; earlier
+    checkpoints are untouched, and the next save begins afresh. A writing process that has not answered after
+    `timeout_seconds` of waiting in `finish` counts as failed.
+    """
+
+    def __init__(self, target: Path, engine: Engine, settings: CheckpointSettings, *,
+                 before_commit: Callable[[], None] | None = None, attempt: int = 0, timeout_seconds: float = 3600.0):
+        self.target = target if place.is_remote(target) else Path(target).absolute()
+        self.engine, self.settings, self.before_commit = engine, settings, before_commit
+        self.attempt, self.timeout_seconds = attempt, timeout_seconds
+        self.asynchronous = settings.asynchronous
+        self.last_seconds = 0.0
+        self._saving: _Save | None = None
+        self._staging: Staging | None = None
+        self._writer: Writer | None = None
+
+    @property
+    def in_flight(self) -> int | None:
+        """The step that is being written; None when nothing is. Equal on all ranks."""
+        return self._saving.step if self._saving else None
+
+    def start(self, step: int, ema: list[torch.Tensor] | None, extra: dict[str, Any]) -> None:
+        """Save the state as it is now. All ranks call it between steps; a failure on one is raised on all.
+
+        Synchronous: returns when `step-XXXXXXXX` is published. Asynchronous: returns when the copy is taken and handed to
+        the writer; call `finish` when all ranks are `ready`. A save that is still in flight is finished first. `ema` holds
+        one tensor for each of `engine.flats()`. `extra` is JSON and becomes part of the manifest. BatchNorm statistics are
+        averaged over ranks first.
+        """
+        self.finish()
+        saving = self._describe(step, ema, extra)
+        own = sum(item.size for item in saving.outgoing)
+        orders: dict[str, Any] = {}
+        short = self.asynchronous and not self._reserve(Staging.room(saving.outgoing))
+        needed, shorts = dist.sums([float(own), float(short)])
+        saving.needed = int(needed)
+        if shorts:
+            self._stop_staging(int(shorts), own)
+        with self._failing(saving):
+            if self.asynchronous:
+                orders = self._together(saving, lambda: self._stage(saving))
+            else:
+                self._together(saving, lambda: self._prepare(saving))
+                self._publish(saving, lambda: self._write(saving))
+        if self.asynchronous:
+            assert self._writer is not None
+            self._writer.hand(orders)
+            self._saving = saving
+            faults.point("save.handed")
+
+    def ready(self) -> bool:
+        """True when this rank's writer is done with the save in flight, or has failed; True when nothing is in flight. No
+        communication, no waiting."""
+        return self._saving is None or self._writer is None or self._writer.ready()
+
+    def finish(self) -> Path | None:
+        """Wait for the writers of all ranks and publish the save in flight; returns its folder, None if there was none. All
+        ranks call it. Raises on all ranks what went wrong on any."""
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return None
+        with self._failing(saving):
+            self._publish(saving, self._written)
+        return saving.folder
+
+    def close(self) -> None:
+        """End the writer and give the buffer back. What is in flight is not published: `finish` first."""
+        self._saving = None
+        if self._writer is not None:
+            self._writer.close()
+        if self._staging is not None:
+            self._staging.close()
+        self._writer = self._staging = None
+
+    # ------------------------------------------------------------------------------------------- what is saved
+
+    def _describe(self, step: int, ema: list[torch.Tensor] | None, extra: dict[str, Any]) -> _Save:
+        started, engine = time.perf_counter(), self.engine
+        average_statistics(engine.module)
+        frozen, shared = engine.frozen(), buffers(engine.module)
+        index = describe(engine, ema is not None, frozen, shared)
+        rank, metadata = engine.world.rank, {"format": "pt", "tubelet_format": str(FORMAT), "step": str(step)}
+        outgoing = [Outgoing.tensors(rank_file(rank), rank_entries(engine, index, ema), metadata, "save.shard")]
+        content = {}
+        if rank == 0:
+            outgoing += [
+                Outgoing.tensors(BUFFERS, [entry(name, value) for name, value in shared.items()], metadata),
+                Outgoing.tensors(FROZEN, [entry(name, value) for name, value in frozen.items()], metadata),
+                Outgoing.text(INDEX, index.to_json(), before="save.index")]
+            content = self._content(step, extra)
+        return _Save(step, self.target / folder_name(step), outgoing, content, started)
+
+    def _content(self, step: int, extra: dict[str, Any]) -> dict[str, Any]:
+        engine = self.engine
+        content = {
+            "format": FORMAT, "step": step, "samples": (extra.get("state") or {}).get("seen"),
+            "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world_size": engine.world.size,
+            "engine": {"kind": engine.kind, "stage": engine.stage, "precision": engine.precision},
+            "versions": _versions(), "files": {}, "attempt": self.attempt,
+        }
+        clash = content.keys() & extra.keys()
+        assert not clash, f"extra state would hide {clash} of the manifest"
+        return {**content, **json.loads(json.dumps(extra, default=str))}  # as it is now, whatever the caller does to it
+
+    # ------------------------------------------------------------------------------------------- writing
+
+    def _prepare(self, saving: _Save) -> None:
+        if self.engine.world.rank == 0:
+            place.make_folder(self.target)
+            if self.before_commit is not None:
+                self.before_commit()
+            faults.point("save.begin")
+            folders.make_room(self.target, saving.folder)
+        _check_space(self.target, saving.needed)
+
+    def _reserve(self, count: int) -> bool:
+        """Room for the copy; False when there is not enough memory."""
+        if self._staging is None:
+            self._staging = Staging(self.engine.device, sharers=max(1, self.engine.world.local_size))
+            self._writer = Writer(self._staging)
+        try:
+            self._staging.reserve(count)
+        except MemoryError:
+            return False
+        return True
+
+    def _stop_staging(self, ranks: int, own: int) -> None:
+        """From now on saves are synchronous, on all ranks; said once."""
+        self.close()
+        self.asynchronous = False
+        if self.engine.world.speaks:
+            print(f"warning: {ranks} of {self.engine.world.size} ranks lack the memory for a copy of their part of the "
+                  f"checkpoint ({files.human_bytes(own)} on rank 0), so saving is synchronous: training waits for the disk. "
+                  "Try: checkpoint.asynchronous=false (says nothing), fewer data.workers, or more memory a node", flush=True)
+
+    def _stage(self, saving: _Save) -> dict[str, Any]:
+        """The copy; returns the writer's orders."""
+        assert self._staging is not None
+        self._prepare(saving)
+        files_there = self._staging.copy(saving.outgoing)
+        saving.outgoing = []  # the tensors go on changing; nothing may read them any more
+        return {"folder": str(saving.folder), "remote": place.is_remote(self.target), "files": files_there,
+                "storage": dict(getattr(self.target, "storage_options", {}))}
+
+    def _write(self, saving: _Save) -> dict[str, Any]:
+        """The files of this rank, straight from its tensors."""
+        place.make_folder(saving.folder)
+        return {item.name: self._write_one(saving.folder / item.name, item) for item in saving.outgoing}
+
+    def _write_one(self, path: Path, item: Outgoing) -> dict[str, Any]:
+        if item.before:
+            faults.point(item.before)
+        return place.patiently(path, "writing", lambda: write_image(path, item.header, item.places, item.size, item.point))
+
+    def _written(self) -> dict[str, Any]:
+        """What this rank's writer answers; an error of its becomes the one that writing here would have raised."""
+        assert self._writer is not None
+        answer = self._writer.answer(self.timeout_seconds)
+        if "files" in answer:
+            return answer["files"]
+        error = answer["error"]
+        if "problem" in error:
+            raise CheckpointError(error["problem"], error["hint"])
+        if error["errno"] is None:
+            raise CheckpointError(f"The checkpoint could not be written to {self.target}: {error['text']}. Earlier checkpoints "
+                                  "are untouched.", "start the run again; checkpoint.asynchronous=false writes without that "
+                                  "process; the node's log tells whether memory ran out")
+        raise OSError(error["errno"], error["text"])
+
+    # ------------------------------------------------------------------------------------------- publishing
+
+    def _publish(self, saving: _Save, write: Callable[[], dict[str, Any]]) -> None:
+        records = dist.gather(self._together(saving, write))
+        self._together(saving, lambda: self._commit(saving, records))
+        if self.engine.world.rank == 0:
+            folders.mark_written(saving.folder)
+            _try(lambda: folders.drop_aside(saving.folder))
+            _try(lambda: place.publish(self.target / LATEST, f"{saving.folder.name}\n".encode()))
+        self.last_seconds = time.perf_counter() - saving.started
+
+    def _commit(self, saving: _Save, records: list[dict[str, Any]]) -> None:
+        if self.engine.world.rank != 0:
+            return
+        written = {name: record for own in records for name, record in own.items()}
+        saving.content["files"] = {name: written[name] for name in sorted(written)}
+        faults.point("save.manifest")
+        data, final = seal(saving.content).encode(), saving.folder / MANIFEST
+        temporary = final.with_name(f"{MANIFEST}.tmp")
+        if not place.is_remote(final):  # all that can fail or take long comes before the last question who owns the run
+            with files.HashingFile(temporary) as file:
+                file.write(data)
+            files.fsync_dir(saving.folder)
+        if self.before_commit is not None:
+            self.before_commit()
+        faults.point("save.commit")
+        if place.is_remote(final):
+            place.publish(final, data)
+        else:
+            os.replace(temporary, final)
+            files.fsync_dir(saving.folder)
+            files.fsync_dir(self.target)
+        faults.point("save.published")
+
+    # ------------------------------------------------------------------------------------------- failing
+
+    def _together(self, saving: _Save, action: Callable[[], T]) -> T:
+        return dist.together(lambda: _say_disk(action, self.target, saving.needed))
+
+    @contextmanager
+    def _failing(self, saving: _Save) -> Iterator[None]:
+        """A save that fails (on all ranks together) removes what it wrote."""
+        try:
+            yield
+        except SupersededError:
+            raise  # another attempt owns the folder now, maybe this very step: touch nothing
+        except Exception:
+            if self.engine.world.rank == 0:
+                _try(lambda: folders.bring_back(self.target, saving.folder))
+            dist.barrier()
+            raise
+
+
 def save(run: Path, engine: Engine, *, step: int, ema: list[torch.Tensor] | None, extra: dict[str, Any],
          before_commit: Callable[[], None] | None = None) -> Path:
-    """Publish `run/step-XXXXXXXX` and return it. All ranks call it; a failure on one is raised on all.
-
-    `ema` holds one tensor for each of `engine.flats()`. `extra` is JSON and becomes part of the manifest. `before_commit`
-    runs on rank 0 before anything is written and again right before the manifest is renamed, and may raise: then this
-    save is not published. A save that fails removes what it wrote; earlier checkpoints are untouched. BatchNorm
-    statistics are averaged over ranks first.
-    """
-    run = Path(run)
-    folder = run / folder_name(step)
-    average_statistics(engine.module)
-    frozen, shared = engine.frozen(), buffers(engine.module)
-    index = describe(engine, ema is not None, frozen, shared)
-    rank = engine.world.rank
-    contents = {rank_file(rank): rank_entries(engine, index, ema)}
-    if rank == 0:
-        contents |= {BUFFERS: [entry(name, value) for name, value in shared.items()],
-                     FROZEN: [entry(name, value) for name, value in frozen.items()]}
-    index_text = index.to_json()
-    own = sum(safetensors_bytes(items, _metadata(step)) for items in contents.values())
-    needed = int(dist.sums([float(own + (rank == 0) * len(index_text))])[0])
-
-    def prepare() -> None:
-        if rank == 0:
-            run.mkdir(parents=True, exist_ok=True)
-            if before_commit is not None:
-                before_commit()
-            faults.point("save.begin")
-            folders.make_room(run, folder)
-
-    def write() -> dict[str, dict[str, Any]]:
-        _check_space(run, needed)
-        return {name: write_safetensors(folder / name, items, _metadata(step),
-                                        point="save.shard" if name == rank_file(rank) else None)
-                for name, items in contents.items()}
-
-    try:
-        dist.together(lambda: _say_disk(prepare, run, needed))
-        records = dist.gather(dist.together(lambda: _say_disk(write, run, needed)))
-
-        def commit() -> None:
-            if rank == 0:
-                written = {name: record for own in records for name, record in own.items()}
-                _commit(run, folder, engine, step, extra, written, index_text, before_commit)
-
-        dist.together(lambda: _say_disk(commit, run, needed))
-    except SupersededError:
-        raise  # another attempt owns the folder now, maybe this very step: touch nothing
-    except Exception:
-        if rank == 0:
-            _try(lambda: folders.bring_back(run, folder))
-        dist.barrier()
-        raise
-    if rank == 0:
-        folders.mark_written(folder)
-        _try(lambda: folders.drop_aside(folder))
-        _try(lambda: files.write_atomic(run / LATEST, folder.name + "\n"))
-    return folder
+    """Publish `run/step-XXXXXXXX` at once and return it: a `Saver` for one synchronous save. All ranks call it."""
+    Saver(run, engine, CheckpointSettings(asynchronous=False), before_commit=before_commit).start(step, ema, extra)
+    return Path(run) / folder_name(step) if not place.is_remote(run) else run / folder_name(step)
 
 
-def _commit(run: Path, folder: Path, engine: Engine, step: int, extra: dict[str, Any], written: dict[str, Any],
-            index_text: str, before_commit: Callable[[], None] | None) -> None:
-    faults.point("save.index")
-    with files.HashingFile(folder / INDEX) as file:
-        file.write(index_text.encode())
-    written[INDEX] = {"bytes": file.nbytes, "sha256": file.sha256}
-    content = {
-        "format": FORMAT, "step": step, "samples": (extra.get("state") or {}).get("seen"),
-        "created": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "world_size": engine.world.size,
-        "engine": {"kind": engine.kind, "stage": engine.stage, "precision": engine.precision},
-        "versions": _versions(), "files": {name: written[name] for name in sorted(written)},
-    }
-    clash = content.keys() & extra.keys()
-    assert not clash, f"extra state would hide {clash} of the manifest"
-    faults.point("save.manifest")
-    temporary = folder / f"{MANIFEST}.tmp"
-    with files.HashingFile(temporary) as file:
-        file.write(seal({**content, **extra}).encode())
-    files.fsync_dir(folder)
-    if before_commit is not None:
-        before_commit()
-    faults.point("save.commit")
-    os.replace(temporary, folder / MANIFEST)
-    files.fsync_dir(folder)
-    files.fsync_dir(run)
-    faults.point("save.published")
-
-
-def _metadata(step: int) -> dict[str, str]:
-    return {"format": "pt", "tubelet_format": str(FORMAT), "step": str(step)}
-
-
+@functools.cache
 def _versions() -> dict[str, str]:
     found = {"tubelet": __version__, "python": platform.python_version()}
     for package in ("torch", "deepspeed", "timm", "webdataset", "accelerate", "safetensors"):
@@ -149,6 +314,8 @@ def _versions() -> dict[str, str]:
 
 def _check_space(run: Path, needed: int) -> None:
     """Refuse before writing when the file system cannot hold what all ranks are about to write."""
+    if place.is_remote(run):
+        return
     free = shutil.disk_usage(run).free
     if free < needed:
         raise OSError(errno.ENOSPC, "not enough free space")
@@ -159,6 +326,9 @@ def _say_disk(action: Callable[[], Any], run: Path, needed: int) -> Any:
     try:
         return action()
     except OSError as error:
+        if place.is_remote(run):
+            raise CheckpointError(f"The checkpoint could not be written to {run}: {error.strerror or error}. Earlier "
+                                  "checkpoints are untouched.", "check the store; then start the run again") from None
         free = shutil.disk_usage(run if run.exists() else run.parent).free
         full = error.errno in _FULL
         problem = (f"The checkpoint could not be written to {run}: {error.strerror or error}. It needs "
@@ -172,5 +342,5 @@ def _try(action: Callable[[], Any]) -> None:
     """Tidying up that must not turn a published checkpoint into a failure, or hide the error that is on its way."""
     try:
         action()
-    except OSError:
+    except (OSError, CheckpointError):
         pass

@@ -72,16 +72,20 @@ def image(entries: Iterable[Entry], metadata: dict[str, str]) -> tuple[bytes, li
     return header, places, place
 
 
-@torch.no_grad()
-def write_safetensors(path: Path, entries: Iterable[Entry], metadata: dict[str, str], *,
-                      point: str | None = None) -> dict[str, Any]:
+def write_safetensors(path: Path, entries: Iterable[Entry], metadata: dict[str, str]) -> dict[str, Any]:
     """Write and fsync a safetensors file in a stream; returns {"bytes", "sha256"} of what was written.
 
-    `point` names a fault point that is passed when half of the bytes are written. Tensors on the CPU are written from
-    where they lie, so they must not change meanwhile. Not the library's `save_file`: that wants all tensors in host
-    memory, hashes nothing and makes files that only their owner can read.
+    Tensors on the CPU are written from where they lie, so they must not change meanwhile. Not the library's `save_file`:
+    that wants all tensors in host memory, hashes nothing and makes files that only their owner can read.
     """
-    header, places, size = image(entries, metadata)
+    return write_image(path, *image(entries, metadata))
+
+
+@torch.no_grad()
+def write_image(path: Path, header: bytes, places: list[tuple[Entry, int]], size: int,
+                point: str | None = None) -> dict[str, Any]:
+    """`write_safetensors` of a plan that `image` made. `point` names a fault point that is passed when half of the bytes
+    are written."""
     with HashingFile(path) as file:
         file.write(header)
         for item, _ in places:
