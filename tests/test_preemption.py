@@ -32,7 +32,8 @@ def stub(folder, name, text, code=0, seconds=0):
     """A command of a scheduler that says `text`, notes that it was asked, and may be slow."""
     folder.mkdir(exist_ok=True)
     path = folder / name
-    path.write_text(f"#!/bin/sh\necho \"{name} $*\" >> {folder}/asked\nsleep {seconds}\ncat <<'END'\n{text}\nEND\nexit {code}\n")
+    path.write_text(f"#!/bin/sh\necho \"{name} $*\" >> {folder}/asked\nsleep {seconds}\n"
+                    f"cat <<'END'\n{text}\nEND\nexit {code}\n")
     path.chmod(0o755)
 
 
@@ -75,7 +76,8 @@ def test_a_requeued_job_reads_its_new_end():
 
 def test_slurm_is_asked_once_by_one_rank_when_its_variable_is_missing(tmp_path):
     end = datetime.fromtimestamp(NOON + 7200)
-    stub(tmp_path, "scontrol", f"JobId=7 JobName=x StartTime=2026-01-01T00:00:00 EndTime={end:%Y-%m-%dT%H:%M:%S} Deadline=N/A")
+    stub(tmp_path, "scontrol",
+         f"JobId=7 JobName=x StartTime=2026-01-01T00:00:00 EndTime={end:%Y-%m-%dT%H:%M:%S} Deadline=N/A")
     stub(tmp_path, "squeue", "N/A")
     env = {"SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}", "TUBELET_END_TIME": str(NOON + 10)}
     deadline = Deadline(settings(), env, now=Clock())
