@@ -132,8 +132,8 @@ def main() -> None:
                 found = run_ranks(measure, ranks, folder, stage, pairs, timeout=3000)
             blocks = [{key: sum(own[pair][key] for own in found) for key in found[0][pair]} for pair in range(pairs)]
             ratios = [row["ours"] / row["bare"] for row in blocks]
-            row = {"ranks": ranks, "stage": stage, "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
-                   "ms_of_a_step": 1000 * statistics.median(r["ours"] for r in blocks) / BLOCK, "blocks": blocks}
+            row = {"ranks": ranks, "stage": stage, "ratio": statistics.median(ratios), "low": min(ratios),
+                   "high": max(ratios), "ms_of_a_step": 1000 * statistics.median(r["ours"] for r in blocks) / BLOCK, "blocks": blocks}
             results.append(row)
             print(f"ZeRO-{stage} on {ranks} rank(s): {row['ms_of_a_step']:.1f} CPU ms a step, {row['ratio']:.4f} "
                   f"({row['low']:.3f}-{row['high']:.3f}) of the bare loop  "

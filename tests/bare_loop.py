@@ -13,8 +13,8 @@ class BareLoop:
         self.objective, self.device, self.seed = objective, device, settings.seed
         accumulation = settings.global_batch_size // (micro_batch_size * world.size)
         groups = parameter_groups(module, settings.optimizer)
-        config = derive(settings, "fp32", world_size=world.size, micro_batch_size=micro_batch_size, accumulation=accumulation,
-                        numel=sum(param.numel() for param in module.parameters()))
+        config = derive(settings, "fp32", world_size=world.size, micro_batch_size=micro_batch_size,
+                        accumulation=accumulation, numel=sum(param.numel() for param in module.parameters()))
         self.accumulation = accumulation
         self.engine = _initialize(module, build_optimizer(groups, settings.optimizer, device), config)
 

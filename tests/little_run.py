@@ -78,8 +78,8 @@ def little_trainer(folder, world, device, *, name="r", loader=None, objective=No
                    micro_batch_size=2, eval_loaders=(), on_eval=None, **changes):
     """A `Trainer` of run `name` in `folder`, seed and weights always the same. All ranks call it."""
     settings = EngineSettings(**{
-        "global_batch_size": G, "optimizer": {"lr": 0.1, "name": "sgd"}, "engine": "plain", "log_every": 1, "precision": "fp32",
-        "ema": {"decay": 0.5}, "total_steps": total_steps, "save_every": 2, "keep_last": 9, **changes})
+        "global_batch_size": G, "optimizer": {"lr": 0.1, "name": "sgd"}, "engine": "plain", "precision": "fp32",
+        "ema": {"decay": 0.5}, "total_steps": total_steps, "save_every": 2, "keep_last": 9, "log_every": 1, **changes})
     torch.manual_seed(7)
     model = torch.nn.Sequential(torch.nn.Linear(48, 3))
     run = Run(RunSettings(name=name, dir=str(folder), take_over=True))

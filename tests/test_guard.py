@@ -60,7 +60,8 @@ def injected(world, device, folder, engine):
     last = G - 1  # slot of the last rank in a global batch
 
     def run(name, objective=None, **changes):
-        trainer = little_trainer(folder, world, device, name=name, objective=objective, total_steps=8, **{**common, **changes})
+        trainer = little_trainer(folder, world, device, name=name, objective=objective, total_steps=8,
+                                 **{**common, **changes})
         try:
             trainer.fit()
             error = None
@@ -82,13 +83,14 @@ def injected(world, device, folder, engine):
     run("in_a_row", Objective(poison={s * G + last: nan for s in (5, 6)}), guard={"max_skipped": 2})
     spike = {"loss_spike": 50.0, "window": 4}
     run("spike", Objective(poison={5 * G + last: 1e4}), guard=spike)
-    run("for_ever", Objective(poison={x: nan for x in range(5 * G + last, 999, G)}), guard={"max_skipped": 2, "max_rollbacks": 2})
+    run("for_ever", Objective(poison={x: nan for x in range(5 * G + last, 999, G)}),
+        guard={"max_skipped": 2, "max_rollbacks": 2})
     run("at_once", Objective(poison={3 * G + last: nan}), guard={"max_skipped": 1, "max_rollbacks": 0})
     return found
 
 
-CASES = [(1, {"engine": "plain"}), (2, {"engine": "plain"}), (1, {"engine": "zero"}), (2, {"engine": "zero", "zero": {"stage": 2}}),
-         (4, {"engine": "zero", "zero": {"stage": 3}})]
+CASES = [(1, {"engine": "plain"}), (2, {"engine": "plain"}), (1, {"engine": "zero"}),
+         (2, {"engine": "zero", "zero": {"stage": 2}}), (4, {"engine": "zero", "zero": {"stage": 3}})]
 
 
 @pytest.mark.parametrize(("size", "engine"), CASES, ids=["plain-1", "plain-2", "zero1-1", "zero2-2", "zero3-4"])

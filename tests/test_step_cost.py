@@ -29,8 +29,8 @@ class Count(TorchDispatchMode):
 def counted(world, device, folder, stage):
     ours, bare = {}, {}
     for steps in (3, 7):
-        trainer = little_trainer(folder, world, device, name=f"steps{steps}", total_steps=steps, engine="zero", log_every=1000,
-                                 zero={"stage": stage}, ema=None, micro_batch_size=1, save_every=1000)
+        trainer = little_trainer(folder, world, device, name=f"steps{steps}", total_steps=steps, engine="zero", ema=None,
+                                 log_every=1000, zero={"stage": stage}, micro_batch_size=1, save_every=1000)
         with Count() as count:
             trainer.fit()
         ours[steps] = count.seen

@@ -135,7 +135,7 @@ class Run:
             self._may_follow(attempts[-1], job)
         same_job = bool(attempts and job and attempts[-1].job == job)
         if self.settings.overwrite and not same_job and (place := elsewhere()):
-            raise RunError(f"run.overwrite=true keeps the old run by renaming its folder, but its checkpoints lie in {place}.",
+            raise RunError(f"run.overwrite=true keeps the old run by renaming its folder; its checkpoints lie in {place}.",
                            "another checkpoint.dir; or move or remove them there; or another run.name")
         if self.settings.overwrite and self.has_checkpoints() and not same_job:
             attempts = self._set_aside()

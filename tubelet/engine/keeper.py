@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from tubelet import dist
-from tubelet.engine.checkpoint import folder as folders
 from tubelet.engine.checkpoint.folder import choose, prune, set_rolled_back, step_of, write_best
-from tubelet.engine.checkpoint.format import read_manifest
+from tubelet.engine.checkpoint.format import folder_name, read_manifest
 from tubelet.engine.checkpoint.place import place
 from tubelet.engine.checkpoint.save import Saver
 from tubelet.engine.protocol import Engine
@@ -34,7 +33,8 @@ class Keeper:
     def __init__(self, run: Run, settings: EngineSettings, engine: Engine, manifest: dict[str, Any]):
         self.run, self.settings, self.engine, self.manifest = run, settings, engine, manifest
         self.target = target_of(settings, run)
-        self.saver = Saver(self.target, engine, settings.checkpoint, before_commit=run.check_current)
+        self.saver = Saver(self.target, engine, settings.checkpoint, before_commit=run.check_current,
+                           attempt=run.attempt.number if run.attempt else 0, timeout_seconds=settings.save_timeout_seconds)
         self.saved_step = -1
         self.saved_at = time.monotonic()
         self.longest_seconds = 0.0
@@ -75,7 +75,7 @@ class Keeper:
             return
         best, settings = self._best, self.settings
         if best and best["step"] == self.saved_step:
-            write_best(self.target, self.target / folders.folder_name(self.saved_step), best["metric"], best["value"])
+            write_best(self.target, self.target / folder_name(self.saved_step), best["metric"], best["value"])
         prune(self.target, keep_last=settings.keep_last, keep_every=settings.keep_every,
               keep_milestones=settings.keep_milestones, before_delete=self.run.check_current)
 

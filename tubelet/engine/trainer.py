@@ -76,7 +76,7 @@ class Trainer:
         self.keeper = Keeper(run, settings, engine, manifest)
         self.deadline = Deadline(settings, speaks=world.speaks)
         self.view = View(settings, run=run, world=world, engine=engine, phases=self.phases, total_steps=total_steps,
-                         flops_per_sample=flops_per_sample, manifest=manifest)
+                         flops_per_sample=flops_per_sample, manifest=manifest, clips=len(input_shape) == 4)
         self.trouble: TubeletError | None = None
         self.evaluated_step = -1
         self.results: dict[str, float] = {}
@@ -170,10 +170,9 @@ class Trainer:
         speaks = self.world.speaks
         late = speaks and self.deadline.due(self.keeper.longest_seconds, self.view.step_seconds)
         old = speaks and bool(minutes) and time.monotonic() - self.keeper.saved_at > 60 * (minutes or 0)
-        with self.phases("wait"):
-            asked, interrupted, failed, late, old, ready, nonfinite, total = dist.sums([
-                float(stop.code == EXIT_PREEMPTED), float(stop.code == EXIT_INTERRUPTED), float(self.trouble is not None),
-                float(late), float(old), float(self.keeper.ready()), float(bad), 0.0 if bad else loss])
+        asked, interrupted, failed, late, old, ready, nonfinite, total = dist.sums([
+            float(stop.code == EXIT_PREEMPTED), float(stop.code == EXIT_INTERRUPTED), float(self.trouble is not None),
+            float(late), float(old), float(self.keeper.ready()), float(bad), 0.0 if bad else loss])
         if failed:
             self.keep_all()
             dist.together(self.raise_trouble)
@@ -249,7 +248,8 @@ class Trainer:
         if rollbacks > settings.guard.max_rollbacks:
             raise RunError(f"Training does not go on: {reason}, after the run had gone back {state.rollbacks} time(s) "
                            f"(guard.max_rollbacks={settings.guard.max_rollbacks}) without getting past step {trouble}.",
-                           f"a smaller optimizer.lr or a longer schedule.warmup_steps; look at {self.run.folder}/events.jsonl")
+                           "a smaller optimizer.lr or a longer schedule.warmup_steps; what happened is in "
+                           f"{self.run.folder}/events.jsonl")
         earlier = state.jumps[-1]["step"] if state.rollbacks and state.jumps else trouble + 1
         with self.phases("restore"), dist.patience("save"):
             try:
@@ -260,7 +260,7 @@ class Trainer:
                 folder, found = self.keeper.before(trouble)  # nothing older is left: once more from the same one
             restore(folder, self.engine, self.ema.tensors() if self.ema else None, keep=FROM_SETTINGS)
             jump = {"step": found.step, "seen": found.seen, "to": state.seen}
-            lost = state.step - found.step
+            step, lost = state.step, state.step - found.step
             for name, value in asdict(found).items():
                 setattr(state, name, value)
             state.seen, state.rollbacks, state.trouble_step = jump["to"], rollbacks, trouble
@@ -274,7 +274,7 @@ class Trainer:
                                   f"{jump['to']} are left out, {lost} steps are lost")
         self.evaluated_step, self.last_applied = state.step, None
         self.guard.reset()
-        self.view.rewind(state, lost)
+        self.view.rewind(step, state.step)
         if self.digest:
             self.digest = DigestFile(self.run.folder, state.step, self.world.speaks)
         self.stream = self.loader.batches(state.seen)
@@ -387,11 +387,13 @@ class Trainer:
     @contextmanager
     def watched(self) -> Iterator[StopFlag]:
         """The loop's surroundings: signals become a flag, and somebody looks on whether all ranks move."""
-        settings, limits = self.settings, self.settings.watch.stall_seconds
+        settings, limits, share = self.settings, self.settings.watch.stall_seconds, 0.9  # before the collectives give up
         with ExitStack() as stack:
             stop = self.stop or stack.enter_context(StopFlag(settings.preempt_grace_seconds))
+            dist.mark_waits(self.phases("wait"))
             stack.enter_context(Watchdog(
                 self.phases, settings.watch, self.world, folder=self.run.folder, event=self.run.event,
-                limits={"start": max(limits, settings.save_timeout_seconds), "restore": settings.save_timeout_seconds,
-                        "save": settings.save_timeout_seconds, "evaluate": settings.eval_timeout_seconds}))
+                limits={"start": max(limits, share * settings.save_timeout_seconds),
+                        "restore": share * settings.save_timeout_seconds, "save": share * settings.save_timeout_seconds,
+                        "evaluate": share * settings.eval_timeout_seconds}))
             yield stop

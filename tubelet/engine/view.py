@@ -6,6 +6,7 @@ goodput, the run card. Nothing here changes training. Methods that all ranks mus
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,9 @@ from typing import Any
 import torch
 
 from tubelet import dist
-from tubelet.engine.card import write_card
+from tubelet.console import print_table
+from tubelet.engine import histograms
+from tubelet.engine.card import CardFacts, write_card
 from tubelet.engine.console import Console
 from tubelet.engine.goodput import Goodput
 from tubelet.engine.metrics import Meter, peak_tflops
@@ -32,14 +35,17 @@ class View:
     """One a run and rank; only rank 0 writes and speaks."""
 
     def __init__(self, settings: EngineSettings, *, run: Run, world: dist.World, engine: Engine, phases: Phases,
-                 total_steps: int, flops_per_sample: float, manifest: dict[str, Any]):
+                 total_steps: int, flops_per_sample: float, manifest: dict[str, Any], clips: bool = False):
         self.settings, self.run, self.world, self.engine, self.phases = settings, run, world, engine, phases
         self.total_steps, self.flops_per_sample, self.manifest = total_steps, flops_per_sample, manifest
         self.peak = settings.peak_tflops or peak_tflops(engine.device)
         self.meter = Meter(engine.device, world)
         self.profiler = Profiler(settings.log, run.folder, world, engine.device)
-        self.goodput = Goodput(run, phases)
-        self.first_step = self.lost = 0
+        self.unit = "clips" if clips else "images"
+        parameters = sum(math.prod(shape) for shape in engine.shapes().values())
+        name = torch.cuda.get_device_name(engine.device) if engine.device.type == "cuda" else "CPU"
+        self.facts = CardFacts(manifest, parameters, flops_per_sample or None, world.size, name, total_steps, self.unit)
+        self.first_step = 0
         self.step_seconds = 0.0
         self.results: dict[str, float] = {}
 
@@ -49,7 +55,9 @@ class View:
         self.first_step = state.step
         self.trackers = Trackers(self.run.folder, self.settings.log, step=state.step, enabled=speaks, name=name,
                                  config=self.manifest.get("config") or {})
-        self.console = Console(total=self.total_steps, step=state.step, enabled=speaks, title=name)
+        self.console = Console(total=self.total_steps, step=state.step, enabled=speaks, title=name, unit=self.unit)
+        self.goodput = Goodput(self.run, self.phases, first_step=state.step, enabled=speaks,
+                               communication=self.profiler.communication_share)
         self._start_counting()
         self._card(state)
 
@@ -74,7 +82,7 @@ class View:
         self._own += time.perf_counter() - started
 
     def advance(self, state: TrainState, batches: Sequence[Batch]) -> None:
-        """A step is done."""
+        """A step is done. All ranks call it."""
         settings = self.settings
         self.meter.steps += 1
         self.meter.samples += settings.global_batch_size
@@ -83,14 +91,8 @@ class View:
         if self.world.speaks and (number == 1 or (log.images_every and state.step % log.images_every == 0)):
             self.trackers.images(state.step, "inputs", batches[0]["pixels"])
         if log.histograms_every and state.step % log.histograms_every == 0:
-            self._histograms(state.step)
-
-    def _histograms(self, step: int) -> None:
-        """One parameter after the other, gathered on rank 0. All ranks call it."""
-        with self.phases("log"):
-            for name, value in self.engine.full_state_dict():
-                if value is not None and value.is_floating_point():
-                    self.trackers.histograms(step, {f"weights/{name}": value})
+            with self.phases("log"):
+                self.trackers.histograms(state.step, histograms.of_weights(self.engine))
 
     def log(self, state: TrainState, values: dict[str, float]) -> None:
         """Scalars and a console line. All ranks call it."""
@@ -107,6 +109,7 @@ class View:
         self.console.report(state.step, values)
         if slow:
             self.console.say(f"warning: {slow}")
+        self.goodput.write(state.step, least_seconds=60)
         self._start_counting()
 
     def evaluated(self, state: TrainState, results: dict[str, float]) -> None:
@@ -124,30 +127,30 @@ class View:
         self.trackers.write(state.step, {name: value for name, value in values.items() if value is not None})
         self.trackers.flush()
         if whole is not None:
-            self._account(state)
             self._card(state)
 
-    def rewind(self, state: TrainState, lost: int) -> None:
-        """The run went back to `state`, `lost` steps earlier."""
-        self.lost += lost
-        self.trackers.rewind(state.step)
-        self.console.advance(state.step)
+    def rewind(self, step: int, to: int) -> None:
+        """The run went back from `step` to `to`."""
+        self.goodput.rewind(step, to)
+        self.trackers.rewind(to)
+        self.console.rewind(to)
         self._start_counting()
 
-    def _account(self, state: TrainState) -> None:
+    def _card(self, state: TrainState, final: bool = False) -> None:
         if self.world.speaks:
-            self.goodput.write(state.step, redone_steps=self.lost, communication=self.profiler.communication_share())
-
-    def _card(self, state: TrainState) -> None:
-        if self.world.speaks:
-            write_card(self.run, manifest=self.manifest, state=state, results=self.results, goodput=self.goodput)
+            self.goodput.write(state.step)
+            report = self.goodput.report()
+            write_card(self.run, self.facts, step=state.step, results=self.results, goodput=report, final=final)
+            if not final and state.step > self.first_step:
+                self.trackers.write(state.step, report.scalars())
 
     def end(self, state: TrainState, results: dict[str, float]) -> None:
-        """The job ends: the last accounts."""
+        """The job ends, saved: the last accounts. Rank 0 takes a second for the plots."""
         self.results = results or self.results
-        self._account(state)
-        if self.world.speaks:
-            self.console.say(self.goodput.text())
-        self._card(state)
+        self.profiler.close()
+        self._card(state, final=True)
         self.console.close()
+        if self.world.speaks:
+            report = self.goodput.report()
+            print_table(report.title(), ("share of time", "", ""), report.rows())
         self.trackers.close()

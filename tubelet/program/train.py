@@ -155,7 +155,7 @@ def decide_beginning(settings: ProgramSettings, run: Run, micro_batch_size: int)
         writer = manifest["config"]["run"]["name"]
         if settings.checkpoint.dir and writer != settings.run.name:
             raise RunError(f"checkpoint.dir={settings.checkpoint.dir} holds checkpoints of run `{writer}`, not of "
-                           f"`{settings.run.name}`.", "a checkpoint.dir of this run's own; or init.from_run= that one to fork it")
+                           f"`{settings.run.name}`.", "a checkpoint.dir of this run's own; or init.from_run= to fork that one")
         changed = check_changes(type(settings), manifest["config"], redacted(settings.model_dump(mode="json")),
                                 str(run.folder))
         notes = [*notes, *(f"changed since the checkpoint: {item}" for item in changed)]
