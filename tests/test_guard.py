@@ -145,12 +145,13 @@ def test_a_run_that_went_back_equals_one_that_was_sent_over_the_same_data(tmp_pa
     world = dist.World()
     device = dist.start(world)
     try:
-        back = little_trainer(tmp_path, world, device, name="back", total_steps=8, guard={"max_skipped": 2},
+        level = {"schedule": {"name": "constant"}}
+        back = little_trainer(tmp_path, world, device, name="back", total_steps=8, guard={"max_skipped": 2}, **level,
                               objective=Objective(poison={s * G: float("nan") for s in (5, 6)}))
         back.fit()
-        first = little_trainer(tmp_path, world, device, name="first", total_steps=4)
+        first = little_trainer(tmp_path, world, device, name="first", total_steps=4, **level)
         first.fit()
-        sent = little_trainer(tmp_path, world, device, name="sent", total_steps=8, beginning=Beginning(
+        sent = little_trainer(tmp_path, world, device, name="sent", total_steps=8, **level, beginning=Beginning(
             "fork", published(tmp_path / "first")[-1], TrainState(step=4, seen=7 * G)))
         sent.fit()
         assert weights(back).equal(weights(sent)) and back.ema.tensors()[0].equal(sent.ema.tensors()[0])

@@ -126,8 +126,9 @@ class Trainer:
                 average = self.ema.tensors() if self.ema else None
                 restored = restore(self.beginning.folder, self.engine, average, keep=FROM_SETTINGS)
             if self.world.speaks:
-                restored.show(self.beginning.kind, self.beginning.folder, asdict(self.state))
-                self.run.event(self.beginning.kind, folder=str(self.beginning.folder), **asdict(self.state))
+                counts = {name: getattr(self.state, name) for name in ("step", "seen", "skipped_steps")}
+                restored.show(self.beginning.kind, self.beginning.folder, counts)
+                self.run.event(self.beginning.kind, folder=str(self.beginning.folder), **counts)
         if self.beginning.kind == "resume":
             self.keeper.saved_step = self.evaluated_step = self.state.step
 
