@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import warnings
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from tubelet.config import Loaded
 from tubelet.engine.build import build_engine
 from tubelet.engine.checkpoint.folder import choose
 from tubelet.engine.checkpoint.format import read_manifest
+from tubelet.engine.checkpoint.place import place
 from tubelet.engine.schedule import check_schedule
 from tubelet.engine.signals import StopFlag
 from tubelet.engine.trainer import Beginning, Trainer, TrainState
@@ -153,7 +153,7 @@ def decide_beginning(settings: ProgramSettings, run: Run, micro_batch_size: int)
         raise CheckpointError(f"No checkpoint in {run.folder} verifies:\n    " + "\n    ".join(notes),
                               f"`tubelet ckpt verify {run.folder}`; or run.overwrite=true to begin anew (it is kept)")
     if settings.init.from_run:
-        other = Path(settings.init.from_run)
+        other = place(settings.init.from_run)
         folder, notes = choose(other.parent if other.name.startswith("step-") else other,
                                           only=other if other.name.startswith("step-") else None)
         if folder is None:
