@@ -142,7 +142,8 @@ def test_exporting_needs_the_memory_of_a_few_tensors_not_of_the_model(tmp_path, 
         engine = WholeEngine(module, lambda groups: torch.optim.AdamW(groups))
         checkpoint.save(tmp_path / "run", engine, step=int(name[-1]), ema=None, extra={"model_cfg": {"architecture": "net"}})
         del module, engine
-    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "run"), str(tmp_path)], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "run"), str(tmp_path)],
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     print(f"{int(done.stdout) / 2**20:.0f} MiB above the start")
     assert int(done.stdout) < 60 * 2**20
