@@ -1,12 +1,14 @@
 """An export is what timm loads, and gives the checkpoint's own answers."""
 
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import timm
 import torch
-from checkpoint_parts import SplitEngine
+from checkpoint_parts import SplitEngine, WholeEngine
 from safetensors.torch import load_file
 
 from tubelet import errors
@@ -114,3 +116,38 @@ def test_what_cannot_be_exported_is_said(tmp_path):
     with pytest.raises(errors.CheckpointError, match="so it is not exported: rank-00000.safetensors is damaged"):
         checkpoint.export(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from tubelet.engine import checkpoint
+
+def peak():
+    return int(next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1]) * 1024
+
+run, out = Path(sys.argv[1]), Path(sys.argv[2])
+checkpoint.export(run / "step-00000001", out / "small")  # everything is imported, every buffer that stays is there
+before = peak()
+checkpoint.export(run / "step-00000002", out / "large", dtype="bf16", max_file_bytes=150 * 10**6)
+print(peak() - before)
+"""
+
+
+def test_exporting_needs_the_memory_of_a_few_tensors_not_of_the_model(tmp_path, one_thread):
+    """25 tensors of 16 MiB, 400 MiB in all, written by one rank; the peak is the kernel's own count."""
+    sizes = {"step-00000001": 8, "step-00000002": 2048}
+    for name, size in sizes.items():
+        module = torch.nn.ParameterDict({f"w{i}": torch.full((size, size), i / 8) for i in range(25)})
+        engine = WholeEngine(module, lambda groups: torch.optim.AdamW(groups))
+        checkpoint.save(tmp_path / "run", engine, step=int(name[-1]), ema=None, extra={"model_cfg": {"architecture": "net"}})
+        del module, engine
+    done = subprocess.run([sys.executable, "-c", MEASURE, str(tmp_path / "run"), str(tmp_path)],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    print(f"{int(done.stdout) / 2**20:.0f} MiB above the start")
+    assert int(done.stdout) < 60 * 2**20
+    index = json.loads((tmp_path / "large" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == 25 * 2048 * 2048 * 2
+    found = load_file(tmp_path / "large" / index["weight_map"]["w24"])["w24"]
+    assert found.dtype == torch.bfloat16 and found.shape == (2048, 2048) and (found == 3).all()

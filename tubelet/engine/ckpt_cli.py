@@ -15,7 +15,8 @@ from tubelet.files import human_bytes
 app = typer.Typer(help="Look at checkpoints, verify, export and prune them. PATH is a run folder (then its newest "
                        "checkpoint is meant) or one of its checkpoints.", no_args_is_help=True, add_completion=False)
 
-PathArgument = Annotated[Path, typer.Argument(metavar="PATH", help="runs/NAME or runs/NAME/step-00001000")]
+PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="runs/NAME or runs/NAME/step-00001000, or a URL of such a "
+                                             "place (s3://...; AWS_ENDPOINT_URL and the like in the environment)")]
 
 
 @app.command()
@@ -98,18 +99,21 @@ def export(
 
 @app.command()
 def prune(
-    path: Annotated[Path, typer.Argument(metavar="RUN", help="runs/NAME")],
+    path: Annotated[str, typer.Argument(metavar="RUN", help="runs/NAME, or the URL of a run's checkpoints")],
     keep_last: Annotated[int, typer.Option(min=1, help="newest verified checkpoints to keep")],
     keep_every: Annotated[int | None, typer.Option(min=1, help="keep steps that are multiples of this")] = None,
+    keep_milestones: Annotated[int | None, typer.Option(min=1, help="of those keep the newest so many only")] = None,
     dry_run: Annotated[bool, typer.Option(help="say what would be removed")] = False,
 ) -> None:
-    """Remove old checkpoints and saves that never finished; those to be kept are verified first."""
+    """Remove old checkpoints and saves that never finished; those to be kept are verified first. The best one is kept."""
+    from tubelet.engine.checkpoint import place
     from tubelet.engine.checkpoint.folder import prunable
     from tubelet.engine.checkpoint.folder import prune as remove
 
-    if not path.is_dir():
+    run = place.place(path)
+    if not place.folders(run) and not run.is_dir():
         raise CheckpointError(f"{path} is not a run folder.", "runs/NAME")
     choose = prunable if dry_run else remove
-    removed = choose(path, keep_last=keep_last, keep_every=keep_every)
+    removed = choose(run, keep_last=keep_last, keep_every=keep_every, keep_milestones=keep_milestones)
     verb = "would remove" if dry_run else "removed"
     print(f"{verb} {', '.join(folder.name for folder in removed)}" if removed else "nothing to remove")

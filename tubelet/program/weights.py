@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tubelet import dist
-from tubelet.engine.checkpoint.folder import choose, published
+from tubelet.engine.checkpoint.folder import choose, published, step_of
 from tubelet.engine.checkpoint.format import read_manifest
 from tubelet.engine.checkpoint.index import Index
 from tubelet.engine.checkpoint.load import assemble
+from tubelet.engine.checkpoint.place import place, sizes
 from tubelet.errors import CheckpointError, ConfigError
 from tubelet.models.build import build_model, model_cfg
 from tubelet.models.cost import input_shape
@@ -63,8 +64,10 @@ def checkpoint_folder(name: str) -> Path | None:
 
     All ranks call it: each verifies its share of the files.
     """
-    path = Path(name)
-    step = path.name.startswith("step-") and path.is_dir()
+    if name.startswith(("http://", "https://")) or name.partition(":")[0] in ("made-up", "timm"):
+        return None
+    path = place(name)
+    step = step_of(path) >= 0 and bool(sizes(path))
     if not step and not published(path):
         return None
     folder, notes = choose(path.parent, only=path) if step else choose(path)

@@ -1,6 +1,7 @@
 """A checkpoint as ordinary weights: safetensors plus timm's `config.json`, for timm, fine-tuning and other people.
 
-Tensors are read, cast and written one at a time, so no model is ever whole in memory.
+Tensors are read, cast and written one at a time, so a model of any size is exported in the memory of its largest tensor
+(and of its copy, where that is cast or lies in several pieces).
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from typing import Any, Literal
 import torch
 
 from tubelet import files
+from tubelet.engine.checkpoint import place
 from tubelet.engine.checkpoint.folder import verify
 from tubelet.engine.checkpoint.format import BUFFERS
 from tubelet.engine.checkpoint.load import Source, which_weights
-from tubelet.engine.checkpoint.tensors import Entry, write_safetensors
+from tubelet.engine.checkpoint.tensors import Entry, image
 from tubelet.errors import CheckpointError
 
 WEIGHTS = "model.safetensors"
@@ -33,7 +35,7 @@ def export(folder: Path, out: Path, *, which: Literal["weights", "ema", "auto"] 
     weights are cut into several files with the usual index beside them, which Tubelet reads and timm does not.
     The checkpoint is verified first; raises `CheckpointError` if it is damaged.
     """
-    folder, out = Path(folder), Path(out)
+    folder, out = place.place(folder), Path(out)
     if dtype not in _DTYPES:
         raise CheckpointError(f"`dtype` is {dtype!r}; it is fp32 or bf16.", "dtype=fp32")
     problems = verify(folder)
@@ -54,8 +56,8 @@ def _entries(source: Source, kind: Literal["master", "ema"], dtype: torch.dtype)
     entries = []
     for name in source.index.order:
         if name in source.index.buffers:
-            value = source.reader.tensor(BUFFERS, name)
-            entries.append(Entry(name, value.dtype, tuple(value.shape), lambda value=value: value))
+            entries.append(Entry(name, source.reader.dtype(BUFFERS, name), source.reader.shape(BUFFERS, name),
+                                 lambda name=name: source.reader.tensor(BUFFERS, name)))
         else:
             entries.append(Entry(name, dtype, source.shapes()[name],
                                  lambda name=name: source.full(kind, name).to(dtype)))
@@ -75,7 +77,7 @@ def _write_weights(source: Source, out: Path, kind: Literal["master", "ema"], dt
                                                 for n in range(1, len(shards) + 1)]
     for name, shard in zip(names, shards):
         temporary = out / f"{name}.tmp"
-        write_safetensors(temporary, shard, {"format": "pt"})
+        _write_file(temporary, shard)
         os.replace(temporary, out / name)
     if len(shards) > 1:
         files.write_json(out / f"{WEIGHTS}.index.json", {
@@ -83,6 +85,22 @@ def _write_weights(source: Source, out: Path, kind: Literal["master", "ema"], dt
             "weight_map": {item.name: name for name, shard in zip(names, shards) for item in shard}})
     files.fsync_dir(out)
     return names
+
+
+@torch.no_grad()
+def _write_file(path: Path, entries: list[Entry]) -> None:
+    """Tensor by tensor, and fsynced. Unlike a checkpoint's files it is not hashed, which would keep several in memory."""
+    header, places, _ = image(entries, {"format": "pt"})
+    with open(path, "wb") as file:
+        file.write(header)
+        for item, _ in places:
+            value = item.read()
+            assert tuple(value.shape) == item.shape and value.dtype == item.dtype, item.name
+            if value.numel():
+                file.write(value.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            del value  # before the next one is read
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def hub_config(source: Source) -> dict[str, Any]:

@@ -16,6 +16,7 @@ import torch
 
 from tubelet import dist
 from tubelet.console import print_table
+from tubelet.engine.checkpoint import place as places
 from tubelet.engine.checkpoint.describe import RUNNING_KEYS, buffers, group_members, json_value
 from tubelet.engine.checkpoint.folder import verify
 from tubelet.engine.checkpoint.format import BUFFERS, FROZEN, rank_file, read_manifest
@@ -56,7 +57,7 @@ class Source:
     """A published checkpoint, read by (parameter, element) instead of by file."""
 
     def __init__(self, folder: Path):
-        self.folder = Path(folder)
+        self.folder = places.place(folder)
         self.manifest, self.index, self.reader = read_manifest(self.folder), Index.read(self.folder), Reader(self.folder)
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -97,12 +98,15 @@ class Source:
         return value
 
     def full(self, kind: str, name: str) -> torch.Tensor:
-        """One parameter, whole, fp32 on the CPU."""
+        """One parameter, whole, fp32 on the CPU; zeros for a kind that it does not have."""
         shape = self.shapes()[name]
-        out = torch.zeros(math.prod(shape))
-        for place, values in self.read(kind, name, 0, out.numel()):
+        count, out = math.prod(shape), None
+        for place, values in self.read(kind, name, 0, count):
+            if values.numel() == count:  # in one piece: no second copy in memory
+                return values.float().view(shape)
+            out = torch.zeros(count) if out is None else out
             out[place : place + values.numel()] = values
-        return out.view(shape)
+        return (torch.zeros(count) if out is None else out).view(shape)
 
 
 # ------------------------------------------------------------------------------------------------- into an engine
@@ -127,7 +131,7 @@ def restore(folder: Path, engine: Engine, ema: list[torch.Tensor] | None, *, kee
         return source
 
     source = dist.together(open_checked)
-    restored = Restored(Path(folder), source.manifest)
+    restored = Restored(source.folder, source.manifest)
     engine.begin_load()
     dist.together(lambda: _read_into(source, engine, ema, frozen, shared, restored))
     _hyper_parameters(source, engine, set(keep), restored)

@@ -50,7 +50,7 @@ def is_published(folder: Path) -> bool:
     return place.exists(folder / MANIFEST)
 
 
-def published(run: Path) -> list[Path]:
+def published(run: str | Path) -> list[Path]:
     """The run's checkpoints that were published, oldest first."""
     return [path for path in steps(place.place(run)) if is_published(path)]
 

@@ -1,0 +1,244 @@
+"""Notices that a job no longer moves, writes every rank's stacks and names the rank that is missing.
+
+One thread a rank looks at the clock of `Phases`; what ranks know of each other comes from `Heartbeat`. Rank 0 judges, since
+it hears all; when rank 0 itself is silent the others see that, and the first of them says so. Nothing here raises into
+training, blocks it or keeps the process alive. A rank that is slow but moves is not seen here: `tubelet.engine.stragglers`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from tubelet import dist, files
+from tubelet.engine.hangs import describe, missing
+from tubelet.engine.heartbeat import Heard, Heartbeat
+from tubelet.engine.phases import Phases
+from tubelet.engine.settings import WatchSettings
+from tubelet.errors import EXIT_ERROR
+
+
+class Watchdog:
+    """A context manager around the loop; all ranks enter it together, and leave it each for itself.
+
+    `limits`: seconds that the long phases may take, by name (`start`, `restore`, `save`, `evaluate`); a phase that is not
+    in it has `settings.stall_seconds`. They should lie below the time-outs of collectives, which else end the job first.
+    `folder` is the run's: stacks go to its `logs/`. `event(kind, **details)` is told of `stall`, `stall_over` and
+    `stall_exit`, on the one rank that speaks.
+    """
+
+    def __init__(self, phases: Phases, settings: WatchSettings, world: dist.World, *, folder: Path,
+                 limits: Mapping[str, float], event: Callable[..., None]):
+        self.phases, self.settings, self.world, self.event = phases, settings, world, event
+        self.limits = dict(limits)
+        shortest = min([settings.stall_seconds, *self.limits.values()])
+        self.period = min(settings.heartbeat_seconds, shortest / 3)
+        self.silence = 3 * self.period + 0.5
+        self.stacks = folder / "logs" / f"stacks-rank-{world.rank:04d}.txt"
+        self.heartbeat = Heartbeat(phases, world, self.period, place_after=shortest / 2)
+        self._file: IO[str] | None = None
+        self._stop = threading.Event()
+        self._own_alarm = False  # raised by this rank for itself, because rank 0 is silent
+        self._alarmed = self._spoke = self._broken = False
+        self._leave_at = float("inf")
+        self._thread = threading.Thread(target=self._run, name="tubelet-watchdog", daemon=True)
+
+    def __enter__(self) -> Watchdog:
+        try:
+            self.stacks.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.stacks, "a", encoding="utf-8")
+        except OSError as error:
+            print(f"warning: rank {self.world.rank} cannot write {self.stacks} ({error.strerror}): stacks of a hang go to "
+                  "standard error", flush=True)
+        self.heartbeat.open()
+        self._thread.start()
+        atexit.register(self.close)  # a thread in torch's C++ while the interpreter is taken down would abort the process
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        if error is not None and self.world.speaks and dist.explain(error) is not None:
+            now = time.monotonic()
+            ranks, _ = missing(self._everyone(), now, self.silence)
+            if ranks:
+                dist.bear_witness(" ".join(describe(self._everyone(), self.heartbeat.processes, now, self.silence)))
+        self.close()
+        if error is None:
+            self._say_over()  # the last steps went faster than the thread looked
+
+    def close(self) -> None:
+        """Stop watching; takes a few milliseconds, at most a few seconds when the network is blocked."""
+        atexit.unregister(self.close)
+        self._stop.set()
+        self.heartbeat.close()
+        if self._thread.is_alive() and threading.current_thread() is not self._thread:
+            self._thread.join(5.0)
+        faulthandler.cancel_dump_traceback_later()
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            if not self.stacks.stat().st_size:
+                self.stacks.unlink()
+
+    # ---------------------------------------------------------------------------------- the watching thread
+
+    def _run(self) -> None:
+        before = time.monotonic()
+        self._arm(before)
+        while not self._stop.wait(self.period):
+            now = time.monotonic()
+            try:
+                if now - before > self.silence + self.period:  # the process was stopped: its clocks say nothing
+                    self.phases.moved_at = now
+                else:
+                    self._look(now)
+                self._arm(now)
+            except Exception as error:  # never into training; said once
+                if not self._broken:
+                    print(f"warning: the watchdog of rank {self.world.rank} failed: {error!r}", file=sys.stderr, flush=True)
+                self._broken = True
+            before = time.monotonic()
+
+    def _arm(self, now: float) -> None:
+        """A thread of C writes the stacks if this one is kept from running: a library that hangs and holds Python's lock."""
+        left = self.limit(self.phases.owner) - (now - self.phases.moved_at)
+        if self._file is not None and left > 0:
+            faulthandler.dump_traceback_later(left + self.silence + 1, file=self._file)
+        else:
+            faulthandler.cancel_dump_traceback_later()
+
+    def limit(self, owner: str) -> float:
+        """Seconds without progress that are too long in this phase."""
+        return self.limits.get(owner, self.settings.stall_seconds)
+
+    def _look(self, now: float) -> None:
+        """Judge; when the alarm is raised write the stacks, and leave later if asked to, unless it ends before."""
+        if self.world.speaks:
+            self._judge(now)
+        else:
+            self._judge_rank_0(now)
+        before, self._alarmed = self._alarmed, self.heartbeat.alarm or self._own_alarm
+        if self._alarmed and not before:
+            self.dump("nothing moves")
+            self._leave_at = now + (self.settings.exit_seconds or float("inf"))
+        elif self._alarmed and now >= self._leave_at:
+            self._leave()
+
+    def _everyone(self) -> list[Heard]:
+        return sorted([self.heartbeat.own(), *self.heartbeat.others.values()], key=lambda one: one.rank)
+
+    def _judge(self, now: float) -> None:
+        """Rank 0: raise the alarm when any rank has stood for too long, and end it when all move again."""
+        everyone = self._everyone()
+        late = [one for one in everyone if not one.beat.left and one.idle(now) >= self.limit(one.beat.owner)]
+        if late and not self.heartbeat.alarm:
+            self.heartbeat.ring(True)
+            self._spoke = True
+            worst = max(late, key=lambda one: one.idle(now) - self.limit(one.beat.owner))
+            self._report(worst, worst.idle(now), describe(everyone, self.heartbeat.processes, now, self.silence),
+                         missing(everyone, now, self.silence)[0])
+        elif self.heartbeat.alarm and not late:
+            self.heartbeat.ring(False)
+            self._say_over()
+
+    def _judge_rank_0(self, now: float) -> None:
+        """The others: rank 0 speaks for all as long as it is heard of. When it is not, every rank judges itself."""
+        own, first = self.heartbeat.own(), self.heartbeat.others.get(0)
+        late = own.idle(now) >= self.limit(own.beat.owner)
+        if self._own_alarm and not late:
+            self._own_alarm = False
+            self._say_over()
+        elif late and not self._own_alarm and not self.heartbeat.alarm:
+            if first is not None and first.silent(now) <= self.silence:
+                return
+            self._own_alarm = True
+            heard = [own] if first is None else [first, own]
+            lines = describe(heard, self.heartbeat.processes, now, self.silence)
+            self._stop.wait(min(0.02 * self.world.rank, 2.0))  # so that the lowest living rank tends to be the first
+            if self._first_to_say(own.beat.step, lines):
+                self._spoke = True
+                self._report(own, own.idle(now), lines, [] if first is None else [0])
+
+    # ------------------------------------------------------------------------------------- what is done about it
+
+    def _first_to_say(self, step: int, lines: list[str]) -> bool:
+        """Without rank 0 there is no other way to agree on who speaks than a file that only one can create."""
+        path = self.stacks.with_name(f"stall-{self.heartbeat.token}-step-{step}.txt")
+        try:
+            return files.create_exclusive(path, "\n".join(lines) + "\n")
+        except OSError:
+            return True  # better said twice than never
+
+    def _report(self, worst: Heard, idle: float, lines: list[str], ranks: list[int]) -> None:
+        owner, step = worst.beat.owner, worst.beat.step
+        if owner in self.limits:
+            title = f"stall: `{owner}` has taken {idle:.0f} s at step {step} (its limit is {self.limits[owner]:g} s)."
+        else:
+            limit = self.settings.stall_seconds
+            title = f"stall: no step for {idle:.0f} s after step {step} (watch.stall_seconds={limit:g})."
+        wait = self.settings.exit_seconds
+        end = f"leaving with exit code {EXIT_ERROR} in {wait:g} s unless it moves (watch.exit_seconds)" if wait else (
+            "the time-out of the collective ends the job; watch.exit_seconds would end it earlier")
+        stacks = f"Stacks of every rank's threads: {self.stacks.parent}/stacks-rank-*.txt; {end}."
+        print("\n  ".join([title, *lines, stacks]), file=sys.stderr, flush=True)
+        self._tell("stall", step=step, phase=owner, seconds=round(idle, 1), missing=ranks, what=" ".join(lines))
+
+    def _say_over(self) -> None:
+        if not self._spoke:
+            return
+        self._spoke = False
+        step = self.phases.step
+        print(f"stall over: the job moves again (last finished step {step})", file=sys.stderr, flush=True)
+        self._tell("stall_over", step=step)
+
+    def _tell(self, kind: str, **details: Any) -> None:
+        try:
+            self.event(kind, **details)
+        except Exception as error:  # a full disk must not end the watching
+            print(f"warning: the event `{kind}` could not be written: {error}", file=sys.stderr, flush=True)
+
+    def _leave(self) -> None:
+        self.dump("leaving")
+        if self._spoke:
+            print(f"stall: nothing moved for another {self.settings.exit_seconds:g} s (watch.exit_seconds): leaving with "
+                  f"exit code {EXIT_ERROR}; the newest published checkpoint is intact", file=sys.stderr, flush=True)
+            self._tell("stall_exit", step=self.phases.step, code=EXIT_ERROR)
+        if self.world.speaks:
+            wait = 2 * self.period - (self.settings.exit_seconds or 0)
+            time.sleep(max(0.0, wait))  # rank 0 holds the store: the others read the alarm there at their own next beats
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(EXIT_ERROR)
+
+    def dump(self, why: str) -> None:
+        """Append the stacks of all threads of this process, their names, and the state of its children, to `stacks`."""
+        now = self.phases.standing()
+        file = self._file or sys.stderr
+        names = "\n".join(f"  {thread.ident or 0:#018x} {thread.name}" for thread in threading.enumerate())
+        host, pid = dist.host(self.world.rank), os.getpid()
+        file.write(f"==== {time.strftime('%Y-%m-%d %H:%M:%S')} rank {self.world.rank} on host {host} (pid {pid}): {why}; "
+                   f"step {now.step}, `{now.owner}` ({now.name}) for {now.seconds:.1f} s\nthreads:\n{names}\n")
+        file.write("".join(f"child {line}\n" for line in children(pid)))
+        file.flush()
+        faulthandler.dump_traceback(file=file, all_threads=True)
+        file.flush()
+
+
+def children(pid: int) -> list[str]:
+    """A line on each child process, such as workers that read data: pid, state and what the kernel waits for (Linux)."""
+    lines = []
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        try:
+            for child in path.read_text().split():
+                status = Path(f"/proc/{child}/stat").read_text().rsplit(")", 1)
+                waits = Path(f"/proc/{child}/wchan").read_text() or "?"
+                lines.append(f"{child} {status[0].split('(', 1)[1]}: state {status[1].split()[0]}, waits in {waits}")
+        except (OSError, IndexError):
+            continue
+    return lines
