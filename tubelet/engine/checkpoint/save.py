@@ -181,7 +181,10 @@ class Saver:
             if self.before_commit is not None:
                 self.before_commit()
             faults.point("save.begin")
-            folders.make_room(self.target, saving.folder)
+            if place.is_remote(self.target) or os.path.lexists(saving.folder):
+                folders.make_room(self.target, saving.folder)
+            else:
+                saving.folder.mkdir()  # its name is made durable when it is published
         _check_space(self.target, saving.needed)
 
     def _reserve(self, count: int) -> bool:
@@ -233,8 +236,8 @@ class Saver:
         if "problem" in error:
             raise CheckpointError(error["problem"], error["hint"])
         if error["errno"] is None:
-            raise CheckpointError(f"The checkpoint could not be written to {self.target}: {error['text']}. Earlier checkpoints "
-                                  "are untouched.", "start the run again; checkpoint.asynchronous=false writes without that "
+            raise CheckpointError(f"The checkpoint could not be written to {self.target}: {error['text']}. Earlier "
+                                  "checkpoints are untouched.", "start the run again; checkpoint.asynchronous=false writes without that "
                                   "process; the node's log tells whether memory ran out")
         raise OSError(error["errno"], error["text"])
 
