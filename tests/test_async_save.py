@@ -14,10 +14,12 @@ import pytest
 import torch
 from checkpoint_parts import Net, SplitEngine, differences, picture
 from ranks import run_ranks
+from servers import s3
 
 from tubelet import errors
 from tubelet.dist import World
 from tubelet.engine import checkpoint
+from tubelet.engine.checkpoint import place
 from tubelet.engine.checkpoint import staging as parts
 from tubelet.engine.checkpoint.save import Saver
 from tubelet.engine.settings import CheckpointSettings
@@ -228,6 +230,35 @@ def test_an_attempt_that_was_superseded_while_it_wrote_publishes_nothing(tmp_pat
         save.finish()
     assert "rank-00000.safetensors" in os.listdir(tmp_path / "step-00000002"), "these may be the newer attempt's files"
     assert not (tmp_path / "step-00000002" / "manifest.json").exists() and save.in_flight is None
+
+
+def test_the_writer_writes_to_an_object_store_what_it_writes_to_a_disk(tmp_path, closing, monkeypatch):
+    import boto3
+
+    written = engine(width=900).train_a_little(1)
+    disk, memory = closing(tmp_path, written), closing(place.place("memory://async/x"), written)
+    with s3() as endpoint:
+        for name, value in (("ACCESS_KEY_ID", "one"), ("SECRET_ACCESS_KEY", "two"), ("DEFAULT_REGION", "us-east-1")):
+            monkeypatch.setenv(f"AWS_{name}", value)
+        client = boto3.client("s3", endpoint_url=endpoint)
+        client.create_bucket(Bucket="bucket")
+        target = place.place("s3://bucket/runs/x", {"endpoint_url": endpoint})
+        store = closing(target, written)
+        for save in (disk, memory, store):
+            save.start(7, averages(written), {})
+        assert memory.in_flight is None, "another process would write to a memory of its own"
+        folders = [disk.finish(), memory.target / "step-00000007", store.finish()]
+        hashes = [checkpoint.read_manifest(folder)["files"] for folder in folders]
+        assert hashes[0] == hashes[1] == hashes[2] and checkpoint.verify(folders[2]) == []
+        maps = Path(f"/proc/{store._writer.process.pid}/maps").read_text()
+        assert "libtorch" not in maps
+        store.start(8, None, {})
+        client.delete_object(Bucket="bucket", Key="runs/x/step-00000007/manifest.json")
+        assert store.finish() == target / "step-00000008" and checkpoint.choose(target)[0] == target / "step-00000008"
+        lost = closing(place.place("s3://nowhere/x", {"endpoint_url": endpoint}), written)
+        with pytest.raises(errors.CheckpointError, match="s3://nowhere/x.*[Bb]ucket"):
+            lost.start(9, None, {})
+            lost.finish()
 
 
 # ---------------------------------------------------------------------------------------------------- two ranks

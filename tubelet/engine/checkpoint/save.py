@@ -79,7 +79,8 @@ class Saver:
         self.target = target if place.is_remote(target) else Path(target).absolute()
         self.engine, self.settings, self.before_commit = engine, settings, before_commit
         self.attempt, self.timeout_seconds = attempt, timeout_seconds
-        self.asynchronous = settings.asynchronous
+        in_process = getattr(target, "protocol", "") == "memory"  # fsspec's own memory: another process has another
+        self.asynchronous = settings.asynchronous and not in_process
         self.last_seconds = 0.0
         self._saving: _Save | None = None
         self._staging: Staging | None = None
@@ -237,8 +238,8 @@ class Saver:
             raise CheckpointError(error["problem"], error["hint"])
         if error["errno"] is None:
             raise CheckpointError(f"The checkpoint could not be written to {self.target}: {error['text']}. Earlier "
-                                  "checkpoints are untouched.", "start the run again; checkpoint.asynchronous=false writes without that "
-                                  "process; the node's log tells whether memory ran out")
+                                  "checkpoints are untouched.", "start the run again; checkpoint.asynchronous=false writes "
+                                  "without that process; the node's log tells whether memory ran out")
         raise OSError(error["errno"], error["text"])
 
     # ------------------------------------------------------------------------------------------- publishing
