@@ -83,13 +83,14 @@ def work(job: dict[str, Any], memory: int) -> dict[str, Any]:
     """Write the files of one job; an error becomes part of the answer."""
     name, records, started = "", {}, time.monotonic()
     try:
-        with mmap.mmap(memory, os.fstat(memory).st_size, access=mmap.ACCESS_READ) as mapped, memoryview(mapped) as view:
-            folder = _folder(job)
-            for item in job["files"]:
-                name = item["name"]
-                if item["before"]:
-                    faults.point(item["before"])
-                records[name] = _write(folder / name, item, view, job["remote"])
+        # Mapped anew for each job, because the buffer may have grown; freed with the last reference to a part of it.
+        view = memoryview(mmap.mmap(memory, os.fstat(memory).st_size, access=mmap.ACCESS_READ))
+        folder = _folder(job)
+        for item in job["files"]:
+            name = item["name"]
+            if item["before"]:
+                faults.point(item["before"])
+            records[name] = _write(folder / name, item, view, job["remote"])
     except TubeletError as error:
         return {"error": {"problem": error.problem, "hint": error.hint}}
     except OSError as error:

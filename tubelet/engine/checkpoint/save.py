@@ -79,7 +79,8 @@ class Saver:
         self.target = target if place.is_remote(target) else Path(target).absolute()
         self.engine, self.settings, self.before_commit = engine, settings, before_commit
         self.attempt, self.timeout_seconds = attempt, timeout_seconds
-        self.asynchronous = settings.asynchronous
+        in_process = getattr(target, "protocol", "") == "memory"  # fsspec's own memory: another process has another
+        self.asynchronous = settings.asynchronous and not in_process
         self.last_seconds = 0.0
         self._saving: _Save | None = None
         self._staging: Staging | None = None
@@ -181,7 +182,10 @@ class Saver:
             if self.before_commit is not None:
                 self.before_commit()
             faults.point("save.begin")
-            folders.make_room(self.target, saving.folder)
+            if place.is_remote(self.target) or os.path.lexists(saving.folder):
+                folders.make_room(self.target, saving.folder)
+            else:
+                saving.folder.mkdir()  # its name is made durable when it is published
         _check_space(self.target, saving.needed)
 
     def _reserve(self, count: int) -> bool:
@@ -233,9 +237,9 @@ class Saver:
         if "problem" in error:
             raise CheckpointError(error["problem"], error["hint"])
         if error["errno"] is None:
-            raise CheckpointError(f"The checkpoint could not be written to {self.target}: {error['text']}. Earlier checkpoints "
-                                  "are untouched.", "start the run again; checkpoint.asynchronous=false writes without that "
-                                  "process; the node's log tells whether memory ran out")
+            raise CheckpointError(f"The checkpoint could not be written to {self.target}: {error['text']}. Earlier "
+                                  "checkpoints are untouched.", "start the run again; checkpoint.asynchronous=false writes "
+                                  "without that process; the node's log tells whether memory ran out")
         raise OSError(error["errno"], error["text"])
 
     # ------------------------------------------------------------------------------------------- publishing

@@ -28,6 +28,7 @@ from tubelet.engine import writer
 from tubelet.engine.checkpoint.tensors import Entry, image
 
 _PAGE = 4096
+_VIEWS = 100_000  # remembered at most
 _SPARE = 1.02  # a little more than asked for, so that a longer header does not make the buffer grow
 
 
@@ -83,6 +84,7 @@ class Staging:
         self.memory = os.memfd_create("tubelet-checkpoint")
         self.size = 0
         self._pinned = False
+        self._views: dict[tuple[int, int, torch.dtype], torch.Tensor] = {}
         self._mapped: mmap.mmap | None = None
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
@@ -102,6 +104,7 @@ class Staging:
         self._unpin()
         self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
         self._mapped, self.size = mapped, size
+        self._views.clear()
         if self.device.type == "cuda":
             self._pin()
 
@@ -114,23 +117,33 @@ class Staging:
     def copy(self, outgoing: list[Outgoing]) -> list[dict[str, Any]]:
         """Put the files into the buffer; returns the writer's orders. `reserve(room(...))` comes first. When it returns,
         the tensors may change."""
-        orders, begin, whole = [], 0, self._bytes
+        orders, begin = [], 0
         for item in outgoing:
             end = begin + item.size
-            whole[begin : begin + len(item.header)] = torch.frombuffer(bytearray(item.header), dtype=torch.uint8)
+            self._bytes[begin : begin + len(item.header)] = torch.frombuffer(bytearray(item.header), dtype=torch.uint8)
             for entry, place in item.places:
                 if not entry.nbytes:
                     continue
                 tensor = entry.read().detach()
                 assert tensor.numel() * tensor.element_size() == entry.nbytes and tensor.dtype == entry.dtype, entry.name
-                there = whole[begin + place : begin + place + entry.nbytes].view(entry.dtype)
-                there.view(tensor.shape).copy_(tensor, non_blocking=True)
+                there = self._view(begin + place, entry.nbytes, entry.dtype)
+                (there if tensor.dim() == 1 else there.view(tensor.shape)).copy_(tensor, non_blocking=True)
             orders.append({"name": item.name, "begin": begin, "end": end, "before": item.before, "point": item.point})
             faults.point("stage.copy")
             begin = -(-end // _PAGE) * _PAGE
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return orders
+
+    def _view(self, begin: int, count: int, dtype: torch.dtype) -> torch.Tensor:
+        """Bytes of the buffer as a 1-D tensor; remembered, because an engine with thousands of tensors asks for the same
+        ones at every save."""
+        key = (begin, count, dtype)
+        if key not in self._views:
+            if len(self._views) > _VIEWS:
+                self._views.clear()  # headers that change their length move everything
+            self._views[key] = self._bytes[begin : begin + count].view(dtype)
+        return self._views[key]
 
     def _pin(self) -> None:
         """Lock the pages, so that copies from the device run at the speed of the bus. A refusal (a low limit on locked
@@ -152,6 +165,7 @@ class Staging:
         if self.memory < 0:
             return
         self._unpin()
+        self._views.clear()
         self._bytes, self._mapped, self.size = torch.empty(0, dtype=torch.uint8), None, 0
         os.close(self.memory)
         self.memory = -1
