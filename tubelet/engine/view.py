@@ -47,14 +47,16 @@ class View:
         self.facts = CardFacts(manifest, parameters, flops_per_sample or None, world.size, name, total_steps, self.unit)
         self.first_step = 0
         self.step_seconds = 0.0
+        self._slow = (-1, 0)  # rank, and at how many log steps in a row
         self.results: dict[str, float] = {}
 
     def open(self, state: TrainState) -> None:
-        """Logs; what was logged after the step that is restored goes, so no curve overlaps."""
+        """All ranks call it. Logs; what was logged after the step that is restored goes, so no curve overlaps."""
         name, speaks = self.run.settings.name, self.world.speaks
         self.first_step = state.step
-        self.trackers = Trackers(self.run.folder, self.settings.log, step=state.step, enabled=speaks, name=name,
-                                 config=self.manifest.get("config") or {})
+        self.trackers = dist.together(lambda: Trackers(
+            self.run.folder, self.settings.log, step=state.step, enabled=speaks, name=name,
+            config=self.manifest.get("config") or {}))
         self.console = Console(total=self.total_steps, step=state.step, enabled=speaks, title=name, unit=self.unit)
         self.goodput = Goodput(self.run, self.phases, first_step=state.step, enabled=speaks,
                                communication=self.profiler.communication_share)
@@ -107,10 +109,16 @@ class View:
         values |= found
         self.trackers.write(state.step, values)
         self.console.report(state.step, values)
-        if slow:
-            self.console.say(f"warning: {slow}")
+        self._tell_slow(state, int(found["perf/slowest_rank"]), slow)
         self.goodput.write(state.step, least_seconds=60)
         self._start_counting()
+
+    def _tell_slow(self, state: TrainState, rank: int, sentence: str | None) -> None:
+        """A rank that is slow at three log steps in a row is named; once, until another is or it has recovered."""
+        self._slow = (rank, self._slow[1] + 1 if sentence and self._slow[0] == rank else int(bool(sentence)))
+        if self._slow[1] == 3 and self.world.speaks and sentence:
+            self.console.say(f"warning: {sentence}")
+            self.run.event("straggler", step=state.step, rank=rank, what=sentence)
 
     def evaluated(self, state: TrainState, results: dict[str, float]) -> None:
         """The results of an evaluation."""

@@ -23,9 +23,11 @@ from tubelet.engine.checkpoint.format import read_manifest
 from tubelet.engine.checkpoint.place import place
 from tubelet.engine.guard import apply_jumps
 from tubelet.engine.keeper import target_of
+from tubelet.engine.optim import check_optimizer
 from tubelet.engine.phases import Phases
 from tubelet.engine.schedule import check_schedule
 from tubelet.engine.signals import StopFlag
+from tubelet.engine.trackers import check as check_trackers
 from tubelet.engine.trainer import Beginning, Trainer, TrainState
 from tubelet.errors import CheckpointError, ConfigError, Problems, RunError
 from tubelet.models.build import build_model, hub_config, model_cfg, set_picture_cfg
@@ -92,7 +94,8 @@ def check(settings: ProgramSettings, world: dist.World) -> int:
     problems = Problems(ConfigError)
     micro = 0
     for action in (lambda: micro_batch_of(settings, world.size),
-                   lambda: check_schedule(settings.schedule, settings.total_steps, settings.optimizer.lr)):
+                   lambda: check_schedule(settings.schedule, settings.total_steps, settings.optimizer.lr),
+                   lambda: check_optimizer(settings), lambda: check_trackers(settings.log)):
         try:
             micro = action() or micro
         except ConfigError as error:
@@ -104,6 +107,9 @@ def check(settings: ProgramSettings, world: dist.World) -> int:
     if data.augment.mixtoken_alpha:
         problems.add(f"`data.augment.mixtoken_alpha` is {data.augment.mixtoken_alpha:g}, but {learns}, and no tokens would "
                      "be mixed.", "data.augment.mixtoken_alpha=0, and data.augment.cutmix_alpha=1 to mix pixels")
+    if settings.checkpoint.best and not data.val:
+        problems.add("`checkpoint.best` keeps the checkpoint that evaluates best, but `data.val` names nothing to evaluate on.",
+                     "checkpoint.best=null, or validation data")
     problems.raise_if_any()
     return micro
 
