@@ -108,3 +108,9 @@ def test_differences_carry_what_may_be_done_about_them():
     found = {item.key: item.resume for item in config.differences(Outer, old, new)}
     assert found == {"optimizer.lr": "recorded", "optimizer.width": "fixed", "sources.0.shards": "free",
                      "sources.0.weight": "fixed", "name": "free", "extra": "fixed", "extra.k": "fixed"}
+
+
+def test_a_setting_that_no_longer_exists_does_not_stop_a_resume_and_a_mapping_of_the_users_own_does():
+    old = {"optimizer": {"lr": 1.0, "width": 8, "gone": True}, "retired": {"deep": 1}, "name": "x", "extra": {"k": 1}}
+    new = {"optimizer": {"lr": 1.0, "width": 8}, "name": "x", "extra": {}}
+    assert {item.key for item in config.differences(Outer, old, new)} == {"extra", "extra.k"}

@@ -86,7 +86,7 @@ def test_the_command_lists_models_and_costs():
     assert run.exit_code == 0 and "vit_small_patch32_tokenlearner8_d22_v10_224" in run.output
     run = CliRunner().invoke(app, ["--cost", "ViT-L/16", "--img-size", "512"])
     assert "361.99 GMACs" in run.output and "vit_large_patch16_224" in run.output
-    assert "723.97 GFLOPs (2 per MAC)" in run.output and "MiB with grad_checkpointing" in run.output
+    assert "723.97 GFLOPs (2 per MAC)" in run.output and "MiB with activation_checkpointing" in run.output
 
 
 def saved_by_autograd(model, shape: tuple[int, ...], batch: int) -> int:

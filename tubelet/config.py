@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import re
 import typing
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
@@ -228,10 +228,12 @@ class Difference:
 def differences(cls: type[Settings], old: dict, new: dict) -> list[Difference]:
     """Every key whose value differs between two resolved configurations (`model_dump(mode="json")`).
 
-    `old` may be of an earlier version: a setting that it does not know yet had what is the default now.
+    `old` may be of an earlier version: a setting that it does not know yet had what is the default now, and one that no
+    longer exists is passed over.
     """
     a, b = flatten(old), flatten(new)
     fields = dict(known_fields(cls))
+    a = {key: value for key, value in a.items() if key in b or not _retired(key, fields)}
     for key in b.keys() - a.keys():
         item = re.match(r".*\.\d+\.", key)  # an entry of a list that was not there is no new setting of one that was
         info = fields.get(".".join(part for part in key.split(".") if not part.isdigit()))
@@ -239,6 +241,16 @@ def differences(cls: type[Settings], old: dict, new: dict) -> list[Difference]:
             a[key] = to_jsonable_python(info.get_default(call_default_factory=True))
     return [Difference(key, a.get(key), b.get(key), resume_class(cls, key))
             for key in sorted({*a, *b}) if a.get(key) != b.get(key)]
+
+
+def _retired(dotted: str, fields: Mapping[str, FieldInfo]) -> bool:
+    """Whether a key is none of `fields`, nor part of one that is a free-form mapping."""
+    parts = [part for part in dotted.split(".") if not part.isdigit()]
+    for length in range(len(parts), 0, -1):
+        info = fields.get(".".join(parts[:length]))
+        if info is not None:
+            return length < len(parts) and bool(_settings_in(info.annotation))
+    return True
 
 
 # ---------------------------------------------------------------------------------------------------- checking

@@ -81,10 +81,10 @@ class ZeroSettings(Settings):
 class ActivationCheckpointing(Settings):
     """Forget activations in the forward pass and compute them again in the backward pass."""
 
-    mode: Literal["full", "selective"] = recorded("full")
+    mode: Literal["full", "selective"] = free("full")
     """`full` = keep a block's input only (about a third more FLOPs); `selective` = also keep the results of matrix products
     and attention, and compute the cheap rest again."""
-    every: int = recorded(1, ge=1)
+    every: int = free(1, ge=1)
     """Of every `every` blocks one is treated so; 1 = all of them."""
 
 
@@ -193,8 +193,8 @@ class EngineSettings(Settings):
     `auto` = bf16 on a GPU under zero, amp on a GPU under plain, fp32 on a CPU."""
     zero: ZeroSettings = ZeroSettings()
     """DeepSpeed ZeRO."""
-    activation_checkpointing: ActivationCheckpointing | None = recorded(None)
-    """Trade FLOPs for activation memory; null = off."""
+    activation_checkpointing: ActivationCheckpointing | None = free(None)
+    """Trade FLOPs for activation memory; null = off. Changes no result."""
     compile: CompileSettings | None = free(None)
     """`torch.compile` each block; null = off."""
     sync_batch_norm: bool = recorded(False)

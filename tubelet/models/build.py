@@ -133,11 +133,6 @@ def _check_kwargs(name: str, settings: ModelSettings, known: set[str]) -> None:
 
 
 def _finish(model: nn.Module, settings: ModelSettings) -> nn.Module:
-    if settings.grad_checkpointing:
-        if not hasattr(model, "set_grad_checkpointing"):
-            raise ConfigError(f"`model.grad_checkpointing` is true, but {settings.name} cannot recompute its blocks.",
-                              "model.grad_checkpointing=false")
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
     cfg = copy.deepcopy(dict(getattr(model, "pretrained_cfg", None) or {}))
     size = settings.img_size
     cfg["input_size"] = (*input_shape(model)[:-2], *((size, size) if isinstance(size, int) else size))

@@ -24,8 +24,6 @@ class ModelSettings(Settings):
     """`zero` = classifier weight zero (and bias `head_bias`), as the ViT papers do."""
     head_bias: float = fixed(0.0)
     """Initial classifier bias; -10 for sigmoid pre-training on many classes, -6.9 for ImageNet-1k sigmoid."""
-    grad_checkpointing: bool = free(False)
-    """Recompute each block in the backward pass: less memory, about a third more compute."""
     mean: tuple[float, float, float] | None = fixed(None)
     """Per-channel mean the pixels (0..1) are normalised with; null = that of the loaded weights, else the model's own."""
     std: tuple[float, float, float] | None = fixed(None)
