@@ -268,7 +268,7 @@ def test_a_newer_format_is_named_not_guessed(tmp_path):
         checkpoint.read_manifest(path.parent)
 
 
-def test_a_replicated_engine_splits_the_writing_and_loses_nothing(tmp_path):
+def test_a_replicated_wrote_bysplits_the_writing_and_loses_nothing(tmp_path):
     """One process plays three ranks that all hold everything; only the files of all three together are the model."""
     from tubelet.engine.checkpoint.describe import buffers, describe, rank_entries
     from tubelet.engine.checkpoint.format import BUFFERS, FROZEN
@@ -294,7 +294,9 @@ def test_a_replicated_engine_splits_the_writing_and_loses_nothing(tmp_path):
 
     files = {path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
              for path in tmp_path.iterdir()}
-    (tmp_path / "manifest.json").write_text(seal({"format": 2, "step": 1, "world_size": 3, "files": files}))
+    wrote_by = {"kind": "plain", "stage": 0, "precision": "fp32"}
+    (tmp_path / "manifest.json").write_text(seal({"format": 2, "step": 1, "world_size": 3, "files": files, "versions": {},
+                                                  "engine": wrote_by, "created": "2026-01-01T00:00:00+0000"}))
     assert checkpoint.verify(tmp_path) == []
     whole.world = World()
     expected = picture(whole)["master"]
