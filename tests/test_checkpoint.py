@@ -268,7 +268,7 @@ def test_a_newer_format_is_named_not_guessed(tmp_path):
         checkpoint.read_manifest(path.parent)
 
 
-def test_a_replicated_wrote_bysplits_the_writing_and_loses_nothing(tmp_path):
+def test_a_replicated_engine_splits_the_writing_and_loses_nothing(tmp_path):
     """One process plays three ranks that all hold everything; only the files of all three together are the model."""
     from tubelet.engine.checkpoint.describe import buffers, describe, rank_entries
     from tubelet.engine.checkpoint.format import BUFFERS, FROZEN
