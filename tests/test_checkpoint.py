@@ -294,7 +294,9 @@ def test_a_replicated_engine_splits_the_writing_and_loses_nothing(tmp_path):
 
     files = {path.name: {"bytes": path.stat().st_size, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
              for path in tmp_path.iterdir()}
-    (tmp_path / "manifest.json").write_text(seal({"format": 2, "step": 1, "world_size": 3, "files": files}))
+    wrote_by = {"kind": "plain", "stage": 0, "precision": "fp32"}
+    (tmp_path / "manifest.json").write_text(seal({"format": 2, "step": 1, "world_size": 3, "files": files, "versions": {},
+                                                  "engine": wrote_by, "created": "2026-01-01T00:00:00+0000"}))
     assert checkpoint.verify(tmp_path) == []
     whole.world = World()
     expected = picture(whole)["master"]

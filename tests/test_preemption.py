@@ -2,13 +2,14 @@
 training and saving, through real programs: test_resume.py.)"""
 
 import os
+import signal
 import subprocess
 import sys
 import time
 from datetime import datetime
 
 import pytest
-from programs import ROOT
+from programs import ROOT, digests, recipe, run, start, wait_for
 
 from tubelet.engine.deadline import Deadline
 from tubelet.engine.settings import EngineSettings, OptimizerSettings
@@ -135,3 +136,133 @@ def test_an_end_in_the_past_is_said_and_not_believed():
     deadline = Deadline(settings(), {"TUBELET_END_TIME": str(NOON - 5)}, now=Clock())
     assert deadline.end is None and not deadline.due(1, 1) and not deadline.due(1, 1)
     assert "TUBELET_END_TIME" in deadline.notes()[0] and "Try:" in deadline.notes()[0]
+
+
+# ----------------------------------------------------------------------------------------------- signals, without torch
+
+BLOCKED = """
+import ctypes, os, signal, sys, time
+from tubelet.engine import signals
+signals.START_SECONDS = 0.4
+stop = signals.StopFlag(float(sys.argv[2]))
+if sys.argv[1] == "starting":
+    stop.starts()
+with stop:
+    print("ready", flush=True)
+    mutex = ctypes.create_string_buffer(64)  # what a collective is to Python: C code that comes back to no handler
+    for _ in range(2):
+        ctypes.CDLL(None).pthread_mutex_lock(mutex)
+"""
+
+READING = """
+import os, signal, sys, time
+from tubelet.engine import signals
+with signals.StopFlag(60) as stop:
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+    print(child, flush=True)
+    for line in sys.stdin:
+        print(stop.code, stop.reason or "-", flush=True)
+    os.kill(child, signal.SIGKILL)
+os.kill(os.getpid(), signal.SIGTERM)  # late: must not spoil the exit code
+time.sleep(0.1)
+os._exit(stop.code)
+"""
+
+
+def script(text, *words, env=None):
+    return subprocess.Popen([sys.executable, "-c", text, *words], cwd=ROOT, text=True, stdin=subprocess.PIPE,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, **(env or {})},
+                            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+
+
+@pytest.mark.parametrize("phase, number, code", [("starting", signal.SIGTERM, 85), ("starting", signal.SIGINT, 130),
+                                                 ("training", signal.SIGUSR1, 1)])
+def test_a_rank_that_waits_in_c_code_leaves_in_time_all_the_same(phase, number, code, tmp_path):
+    process = script(BLOCKED, phase, "0.4", env={"TUBELET_EXIT_DIR": str(tmp_path), "RANK": "3"})
+    assert process.stdout.readline() == "ready\n"
+    time.sleep(0.2)
+    begun = time.monotonic()
+    for _ in range(3):  # however often it comes (three Ctrl-C in a row are one key)
+        process.send_signal(number)
+    _, errors = process.communicate(timeout=20)
+    assert 0.3 < time.monotonic() - begun < 10
+    assert (tmp_path / "rank-3.code").read_text() == str(code)
+    assert process.returncode == (0 if phase == "starting" else code)  # the launcher reads the file: no page of torchrun's
+    assert phase == "starting" or "preempt_grace_seconds" in errors and signal.Signals(number).name in errors
+
+
+def test_a_signal_to_a_forked_worker_is_not_the_programs_and_a_late_one_does_not_spoil_the_exit_code():
+    process = script(READING)
+    child = int(process.stdout.readline())
+
+    def heard():
+        process.stdin.write("?\n")
+        process.stdin.flush()
+        return process.stdout.readline().split()
+
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        os.kill(child, number)
+    time.sleep(0.2)
+    assert heard() == ["0", "-"]
+    process.send_signal(signal.SIGUSR2)
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.1)
+    assert heard() == ["85", "SIGUSR2"]
+    process.stdin.close()
+    assert process.wait(20) == 85
+
+
+def test_a_second_ctrl_c_within_five_seconds_leaves_at_once_and_the_first_does_not():
+    process = script(BLOCKED, "training", "60")
+    assert process.stdout.readline() == "ready\n"
+    process.send_signal(signal.SIGINT)
+    time.sleep(0.03)
+    process.send_signal(signal.SIGINT)  # the same key, passed on by a launcher
+    time.sleep(0.5)
+    assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and "second Ctrl-C" in errors
+
+
+# -------------------------------------------------------------------------------------------- signals to real programs
+
+
+def leave_at(config, nproc, condition, number=signal.SIGTERM):
+    """Start, signal the group twice once `condition(seconds, folder)`; returns (exit code, output)."""
+    begun = time.monotonic()
+    process = start("pretrain", config, nproc=nproc)
+    wait_for(lambda: condition(time.monotonic() - begun), process)
+    for _ in range(2):
+        os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=90)
+    return process.returncode, output
+
+
+def test_a_signal_while_a_program_starts_ends_it_with_85_or_130_on_all_ranks(tmp_path):
+    config, folder = recipe(tmp_path, 3, 50)
+    code, output = leave_at(config, 1, lambda seconds: seconds > 1.0)  # torch is being imported
+    assert code == 85 and "SIGTERM while starting" in output and not folder.exists(), output[-2000:]
+    written = folder / "attempts" / "0001.json"
+    code, output = leave_at(config, 2, lambda seconds: written.exists(), signal.SIGINT)  # the model is being built
+    assert code == 130 and "SIGINT while starting" in output and "Traceback" not in output, output[-2000:]
+    assert not list(folder.glob("step-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_a_launcher_passes_a_signal_on_whenever_it_comes(tmp_path):
+    config, folder = recipe(tmp_path, 3000, 3)
+    saved = -1
+    for moment in (0.3, 1, 2, 3, 4, 5, 6, 8, 10, 12):
+        code, output = leave_at(config, 2, lambda seconds, moment=moment: seconds > moment)
+        assert code == 85, (moment, output[-3000:])
+        steps = sorted(int(path.parent.name[5:]) for path in folder.glob("step-*/manifest.json"))
+        assert not steps or steps[-1] >= saved
+        saved = steps[-1] if steps else saved
+    assert saved > 0
+    output = run("pretrain", config, f"total_steps={saved + 1}", nproc=2)
+    assert f"step {saved + 1}/{saved + 1}" in output and list(digests(folder)) == list(range(1, saved + 2))

@@ -5,6 +5,7 @@ import os
 import pty
 import subprocess
 import sys
+import time
 import types
 
 import numpy as np
@@ -274,6 +275,9 @@ def test_wandb_offline_writes_scalars_pictures_and_histograms(tmp_path, capfd):
     said = capfd.readouterr()
     assert "\x1b" not in said.out + said.err
     (path,) = tmp_path.glob("wandb/offline-run-*/*.wandb")
+    until = time.time() + 20
+    while path.stat().st_size < 1000 and time.time() < until:  # W&B's process writes in its own time
+        time.sleep(0.05)
     ids, rows = set(), []
     for data in log_records(path.read_bytes()):
         record = wandb_internal_pb2.Record()

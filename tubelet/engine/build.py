@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
 from tubelet.dist import World
+from tubelet.engine.batch_norm import has_batch_norm, synchronise_batch_norm
+from tubelet.engine.blocks import apply_activation_checkpointing, apply_compile, need_blocks
 from tubelet.engine.optim import check_optimizer, parameter_groups
-from tubelet.engine.precision import check_precision, resolve_precision
+from tubelet.engine.precision import check_grad_accum_dtype, check_precision, resolve_precision
 from tubelet.engine.protocol import Engine
 from tubelet.engine.settings import EngineSettings
 from tubelet.errors import ConfigError, Problems
 
-__all__ = ["build_engine", "resolve_precision"]
+__all__ = ["build_engine", "check_combination", "resolve_precision"]
 
 
 def build_engine(module: nn.Module, settings: EngineSettings, *, world: World, device: torch.device,
                  micro_batch_size: int) -> Engine:
-    """The engine that `settings.engine` names, around `module`, which it freezes in part, groups and moves to `device`.
+    """The engine that `settings.engine` names, around `module`, which it changes as the settings ask: freezes it in part,
+    synchronises its BatchNorm, has its blocks recompute and compile, groups its parameters and moves it to `device`.
 
-    All ranks call it, after `tubelet.dist.start`, with equal weights in `module` (rank 0's are broadcast). Raises
-    `ConfigError` with all incompatible settings.
+    Names of parameters and the state dict stay as they were. All ranks call it, after `tubelet.dist.start`, with equal
+    weights in `module` (rank 0's are broadcast). Raises `ConfigError` with all incompatible settings; `module` is then as it
+    was but for what is frozen.
     """
     accumulation, rest = divmod(settings.global_batch_size, micro_batch_size * world.size)
     problems = Problems(ConfigError)
@@ -43,10 +49,44 @@ def build_engine(module: nn.Module, settings: EngineSettings, *, world: World, d
             check_user_config(read_user_config(settings), problems)
         except ConfigError as error:
             problems.items.append(error)
+    problems.items += check_combination(settings, module, device)
     problems.raise_if_any()
+    if settings.sync_batch_norm:
+        synchronise_batch_norm(module, device)
+    if settings.activation_checkpointing:
+        apply_activation_checkpointing(module, settings.activation_checkpointing)
+    if settings.compile:
+        apply_compile(module, settings.compile)
     if settings.engine == "plain":
         from tubelet.engine.plain import PlainEngine as Chosen
     else:
         from tubelet.engine.zero.engine import ZeroEngine as Chosen
     return Chosen(module, settings, world=world, device=device, micro_batch_size=micro_batch_size,
                   accumulation=accumulation)
+
+
+def check_combination(settings: EngineSettings, module: nn.Module, device: torch.device) -> list[ConfigError]:
+    """What of these settings does not go together, or not with this model; [] when all is well. Changes nothing."""
+    problems = Problems(ConfigError)
+    checks: list[Callable[[], object]] = [lambda: check_grad_accum_dtype(settings, resolve_precision(settings, device))]
+    if settings.activation_checkpointing:
+        checks.append(lambda: need_blocks(module, "activation_checkpointing"))
+    if settings.compile:
+        checks.append(lambda: need_blocks(module, "compile"))
+    for check in checks:
+        try:
+            check()
+        except ConfigError as error:
+            problems.items.append(error)
+    recompute = settings.activation_checkpointing
+    if recompute and recompute.mode == "selective" and settings.engine == "zero" and settings.zero.stage == 3 \
+            and not settings.compile:
+        problems.add("activation_checkpointing.mode is selective at zero.stage=3 without compile: torch's selective "
+                     "recomputation and DeepSpeed's hooks give wrong gradients together (torch 2.15, deepspeed 0.19.8).",
+                     "activation_checkpointing.mode=full, or zero.stage=2, or compile={}")
+    if settings.sync_batch_norm and not has_batch_norm(module):
+        problems.add(f"sync_batch_norm is set, but {type(module).__name__} has no BatchNorm.", "sync_batch_norm=false")
+    if settings.sync_batch_norm and settings.compile:
+        problems.add("sync_batch_norm and compile are both set: the collectives of a synchronised layer cut every compiled "
+                     "block in pieces.", "compile=null, or sync_batch_norm=false with more samples a rank")
+    return problems.items  # type: ignore[return-value]

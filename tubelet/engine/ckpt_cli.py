@@ -1,19 +1,23 @@
-"""`tubelet ckpt`: look at checkpoints, verify, export and prune them. PATH is a run folder or one of its checkpoints."""
+"""`tubelet ckpt`: look at checkpoints, compare, verify, export and prune them. PATH is a run's folder or a checkpoint."""
 
 from __future__ import annotations
 
+import json
 import math
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from tubelet.console import print_table
-from tubelet.errors import EXIT_ERROR, CheckpointError
+from tubelet.errors import EXIT_ERROR, CheckpointError, TubeletError
 from tubelet.files import human_bytes
 
-app = typer.Typer(help="Look at checkpoints, verify, export and prune them. PATH is a run folder (then its newest "
+app = typer.Typer(help="Look at checkpoints, compare, verify, export and prune them. PATH is a run folder (then its newest "
                        "checkpoint is meant) or one of its checkpoints.", no_args_is_help=True, add_completion=False)
+
+EXIT_DIFFERENT, EXIT_TROUBLE = 1, 2  # of `diff`, as the tool of that name has them
 
 PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="runs/NAME or runs/NAME/step-00001000, or a URL of such a "
                                              "place (s3://...; AWS_ENDPOINT_URL and the like in the environment)")]
@@ -22,8 +26,9 @@ PathArgument = Annotated[str, typer.Argument(metavar="PATH", help="runs/NAME or 
 @app.command()
 def info(path: PathArgument) -> None:
     """What a checkpoint holds, and which others the run has."""
-    from tubelet.engine.checkpoint.folder import newest, published, step_of
-    from tubelet.engine.checkpoint.format import MANIFEST, read_manifest
+    from tubelet.engine.checkpoint import place
+    from tubelet.engine.checkpoint.folder import newest, published, read_best, step_of
+    from tubelet.engine.checkpoint.format import read_manifest
     from tubelet.engine.checkpoint.index import Index
 
     folder = newest(path)
@@ -36,18 +41,22 @@ def info(path: PathArgument) -> None:
         ("model", f"{model.get('name', '?')}, {len(index.shapes)} trained and {len(index.frozen)} frozen parameters, "
                   f"{values:,} values, {len(index.buffers)} buffers"),
         ("optimizer", f"{index.optimizer}, {len(index.groups)} group(s), " + (", ".join(
-            dict.fromkeys(kind for flat in index.flats for kind in flat.kinds)) or "no state yet")),
+            dict.fromkeys(kind for flat in index.flats for kind in [*flat.kinds, *flat.shaped])) or "no state yet")),
         ("EMA", "yes" if index.ema else "no"),
         ("size", f"{human_bytes(sum(f['bytes'] for f in manifest['files'].values()))} in {len(manifest['files'])} files"),
         ("versions", ", ".join(f"{name} {version}" for name, version in manifest["versions"].items())),
     ]
     print_table(str(folder), ("what", "value"), rows)
-    others = [step for step in published(folder.parent) if step.name != folder.name]
-    unfinished = [step for step in folder.parent.glob("step-*") if step_of(step) >= 0 and not (step / MANIFEST).exists()]
+    whole = published(folder.parent)
+    others = [step.name for step in whole if step.name != folder.name]
+    unfinished = [step.name for step in place.folders(folder.parent) if step_of(step) >= 0 and step not in whole]
+    best = read_best(folder.parent)
     if others:
-        print(f"others in {folder.parent}: {', '.join(step.name for step in others)}")
+        print(f"others in {folder.parent}: {', '.join(others)}")
     if unfinished:
-        print(f"unfinished saves: {', '.join(sorted(step.name for step in unfinished))}")
+        print(f"unfinished saves: {', '.join(unfinished)}")
+    if best:
+        print(f"best: {best['folder']} ({best['metric']} {best['value']:g})")
 
 
 @app.command()
@@ -95,6 +104,31 @@ def export(
     write(folder, out, which=which, dtype=dtype, max_file_bytes=int(max_file_gb * 10**9))  # type: ignore[arg-type]
     written = sorted(item.name for item in out.iterdir() if item.name.startswith(("model", "config", "README")))
     print(f"{folder} -> {out}: {', '.join(written)}")
+
+
+@app.command()
+def diff(
+    a: Annotated[str, typer.Argument(metavar="A", help="runs/NAME (its newest checkpoint) or runs/NAME/step-00001000, or a "
+                                                       "URL")],
+    b: Annotated[str, typer.Argument(metavar="B", help="likewise; other engines and numbers of ranks are fine")],
+    json_: Annotated[bool, typer.Option("--json", help="print everything as JSON")] = False,
+    top: Annotated[int, typer.Option(min=0, help="how many of the most different tensors to name")] = 10,
+) -> None:
+    """What differs between two checkpoints. Exit code 0: the same state of training (settings and versions may differ);
+    1: different; 2: an error."""
+    from tubelet.engine.checkpoint.diff import diff as compare
+
+    try:
+        found = compare(a, b, top=top)
+    except TubeletError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise typer.Exit(EXIT_TROUBLE) from None
+    if json_:
+        print(json.dumps(found.to_json(), indent=1))
+    else:
+        found.show()
+    if not found.equal:
+        raise typer.Exit(EXIT_DIFFERENT)
 
 
 @app.command()

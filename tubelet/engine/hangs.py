@@ -35,6 +35,20 @@ def missing(heard: Sequence[Heard], now: float, silence: float) -> tuple[list[in
     return (other, "absent") if 0 < len(other) < len(heard) / 2 else ([], "")
 
 
+_HINTS = {
+    "silent": "look at its host (up? out of memory? dmesg), and at the process with `py-spy dump --native --pid`",
+    "left": "read its log: logs/rank-*.txt",
+    "absent": "read its stacks first, then its host: what it reads from, its children, its GPU",
+    "behind": "read its stacks first, then its host: what it reads from, its children, its GPU",
+    "": "compare the stacks: ranks that call different collectives wait for each other forever; all in the same one: the "
+        "network between hosts (NCCL_DEBUG=INFO)"}
+
+
+def hint(heard: Sequence[Heard], now: float, silence: float) -> str:
+    """What to do next, by why the ranks are missing."""
+    return _HINTS[missing(heard, now, silence)[1]]
+
+
 def describe(heard: Sequence[Heard], processes: Sequence[tuple[str, int]], now: float, silence: float) -> list[str]:
     """Sentences that name the missing ranks with host, pid, phase and step, and where the others are."""
     ranks, why = missing(heard, now, silence)

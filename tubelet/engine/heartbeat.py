@@ -11,10 +11,12 @@ but talk, and why who judges (`tubelet.engine.watchdog`) only looks at what it l
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import FrameType
@@ -40,9 +42,11 @@ class Beat:
     idle: float = 0.0
     """Time since its last progress (`Standing.idle`)."""
     place: str = ""
-    """Where its main thread is, once it is idle for long."""
+    """Where its main thread is, once it has been idle for half of `limit`."""
     collective: bool = False
     """Whether that place is a collective: it waits for others."""
+    limit: float = math.inf
+    """How long it may be idle."""
     left: bool = False
     """It has left the loop in good order and is not watched any more."""
 
@@ -75,6 +79,10 @@ class Heard:
         """Seconds without progress: of a silent rank nothing newer is known."""
         return self.beat.idle + self.silent(now)
 
+    def late(self, now: float) -> bool:
+        """Whether it has been idle for longer than it may."""
+        return not self.beat.left and self.idle(now) >= self.beat.limit
+
 
 def place_of(frame: FrameType | None) -> tuple[str, bool]:
     """(where a thread is in words, whether that is a collective): the innermost function of torch.distributed or of
@@ -93,8 +101,8 @@ def place_of(frame: FrameType | None) -> tuple[str, bool]:
 class Heartbeat:
     """This rank's side of the exchange. `open` is for all ranks together; the rest never blocks and never raises."""
 
-    def __init__(self, phases: Phases, world: dist.World, seconds: float, place_after: float):
-        self.phases, self.world, self.seconds, self.place_after = phases, world, seconds, place_after
+    def __init__(self, phases: Phases, world: dist.World, seconds: float, limit: Callable[[], float]):
+        self.phases, self.world, self.seconds, self.limit = phases, world, seconds, limit
         self.main = threading.main_thread().ident
         self.others: dict[int, Heard] = {}
         """What was heard: of every other rank on rank 0, of rank 0 on the others."""
@@ -169,12 +177,12 @@ class Heartbeat:
 
     def _own(self, left: bool = False) -> Beat:
         now = self.phases.standing()
-        place, collective = "", False
-        if now.idle > self.place_after and self.main is not None:
+        place, collective, limit = "", False, self.limit()
+        if now.idle > 0.5 * limit and self.main is not None:
             place, collective = place_of(sys._current_frames().get(self.main))
         self._number += 1
         return Beat(self._number, now.step, now.name, now.owner, round(now.seconds, 1), round(now.idle, 2), place,
-                    collective or now.name == "wait", left)
+                    collective or now.name == "wait", limit, left)
 
     def own(self) -> Heard:
         """This rank, as heard this moment."""

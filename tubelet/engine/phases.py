@@ -44,6 +44,8 @@ class Phases:
         self.clock = clock
         self.step = 0
         """The last finished step."""
+        self.finished = 0
+        """Steps finished by this process."""
         self.name = self.owner = "start"
         self.since = self.moved_at = self._counted_until = clock()
         self._seconds: dict[str, float] = dict.fromkeys(self.NAMES, 0.0)
@@ -58,6 +60,7 @@ class Phases:
     def moved(self, step: int) -> None:
         """A step was finished: this is the progress that the watchdog looks for."""
         self.step = step
+        self.finished += 1
         self.moved_at = self.clock()
 
     def seconds(self) -> dict[str, float]:

@@ -152,9 +152,12 @@ def _events(done: profile) -> list[Event]:
     Python objects out of them, which takes seconds."""
     results = getattr(done.profiler, "kineto_results", None)
     assert results is not None
-    return [(event.name(), event.start_ns() / 1e9, (event.start_ns() + event.duration_ns()) / 1e9,
-             event.device_type() == torch.autograd.DeviceType.CUDA)
-            for event in results.events() if not event.is_user_annotation()]  # ranges lie over the kernels within them
+    found = []
+    for event in results.events():
+        gpu = event.device_type() == torch.autograd.DeviceType.CUDA
+        if not (gpu and event.is_user_annotation()):  # on a GPU's timeline ranges lie over the kernels within them
+            found.append((event.name(), event.start_ns() / 1e9, (event.start_ns() + event.duration_ns()) / 1e9, gpu))
+    return found
 
 
 def communication_of(events: Iterable[Event], seconds: float) -> float:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import IO, Any
 
 from tubelet import dist, files
-from tubelet.engine.hangs import describe, missing
+from tubelet.engine.hangs import describe, hint, missing
 from tubelet.engine.heartbeat import Heard, Heartbeat
-from tubelet.engine.phases import Phases
+from tubelet.engine.phases import LONG, Phases
 from tubelet.engine.settings import WatchSettings
 from tubelet.errors import EXIT_ERROR
 
@@ -28,8 +28,9 @@ from tubelet.errors import EXIT_ERROR
 class Watchdog:
     """A context manager around the loop; all ranks enter it together, and leave it each for itself.
 
-    `limits`: seconds that the long phases may take, by name (`start`, `restore`, `save`, `evaluate`); a phase that is not
-    in it has `settings.stall_seconds`. They should lie below the time-outs of collectives, which else end the job first.
+    `limits`: seconds that the long phases may take, by name (`start`, `restore`, `save`, `evaluate`); one that is not in it
+    is not watched. They should lie below the time-outs of collectives, which else end the job first. All other phases have
+    `settings.stall_seconds`; until the first step is finished the limit of `start`, if longer, since that step compiles.
     `folder` is the run's: stacks go to its `logs/`. `event(kind, **details)` is told of `stall`, `stall_over` and
     `stall_exit`, on the one rank that speaks.
     """
@@ -38,11 +39,10 @@ class Watchdog:
                  limits: Mapping[str, float], event: Callable[..., None]):
         self.phases, self.settings, self.world, self.event = phases, settings, world, event
         self.limits = dict(limits)
-        shortest = min([settings.stall_seconds, *self.limits.values()])
-        self.period = min(settings.heartbeat_seconds, shortest / 3)
+        self.period = min(settings.heartbeat_seconds, min([settings.stall_seconds, *self.limits.values()]) / 3)
         self.silence = 3 * self.period + 0.5
         self.stacks = folder / "logs" / f"stacks-rank-{world.rank:04d}.txt"
-        self.heartbeat = Heartbeat(phases, world, self.period, place_after=shortest / 2)
+        self.heartbeat = Heartbeat(phases, world, self.period, self.limit)
         self._file: IO[str] | None = None
         self._stop = threading.Event()
         self._own_alarm = False  # raised by this rank for itself, because rank 0 is silent
@@ -107,15 +107,18 @@ class Watchdog:
 
     def _arm(self, now: float) -> None:
         """A thread of C writes the stacks if this one is kept from running: a library that hangs and holds Python's lock."""
-        left = self.limit(self.phases.owner) - (now - self.phases.moved_at)
-        if self._file is not None and left > 0:
+        left = self.limit() - (now - self.phases.moved_at)
+        if self._file is not None and 0 < left < threading.TIMEOUT_MAX:
             faulthandler.dump_traceback_later(left + self.silence + 1, file=self._file)
         else:
             faulthandler.cancel_dump_traceback_later()
 
-    def limit(self, owner: str) -> float:
-        """Seconds without progress that are too long in this phase."""
-        return self.limits.get(owner, self.settings.stall_seconds)
+    def limit(self) -> float:
+        """Seconds without progress that are too long for this rank now."""
+        stall, owner = self.settings.stall_seconds, self.phases.owner
+        if owner in LONG:
+            return self.limits.get(owner, float("inf"))
+        return stall if self.phases.finished else max(stall, self.limits.get("start", stall))
 
     def _look(self, now: float) -> None:
         """Judge; when the alarm is raised write the stacks, and leave later if asked to, unless it ends before."""
@@ -136,13 +139,11 @@ class Watchdog:
     def _judge(self, now: float) -> None:
         """Rank 0: raise the alarm when any rank has stood for too long, and end it when all move again."""
         everyone = self._everyone()
-        late = [one for one in everyone if not one.beat.left and one.idle(now) >= self.limit(one.beat.owner)]
+        late = [one for one in everyone if one.late(now)]
         if late and not self.heartbeat.alarm:
             self.heartbeat.ring(True)
             self._spoke = True
-            worst = max(late, key=lambda one: one.idle(now) - self.limit(one.beat.owner))
-            self._report(worst, worst.idle(now), describe(everyone, self.heartbeat.processes, now, self.silence),
-                         missing(everyone, now, self.silence)[0])
+            self._report(max(late, key=lambda one: one.idle(now) - one.beat.limit), everyone, now)
         elif self.heartbeat.alarm and not late:
             self.heartbeat.ring(False)
             self._say_over()
@@ -150,7 +151,7 @@ class Watchdog:
     def _judge_rank_0(self, now: float) -> None:
         """The others: rank 0 speaks for all as long as it is heard of. When it is not, every rank judges itself."""
         own, first = self.heartbeat.own(), self.heartbeat.others.get(0)
-        late = own.idle(now) >= self.limit(own.beat.owner)
+        late = own.late(now)
         if self._own_alarm and not late:
             self._own_alarm = False
             self._say_over()
@@ -158,36 +159,38 @@ class Watchdog:
             if first is not None and first.silent(now) <= self.silence:
                 return
             self._own_alarm = True
-            heard = [own] if first is None else [first, own]
-            lines = describe(heard, self.heartbeat.processes, now, self.silence)
             self._stop.wait(min(0.02 * self.world.rank, 2.0))  # so that the lowest living rank tends to be the first
-            if self._first_to_say(own.beat.step, lines):
+            if self._first_to_say(own.beat.step):
                 self._spoke = True
-                self._report(own, own.idle(now), lines, [] if first is None else [0])
+                self._report(own, [own] if first is None else [first, own], now)
 
     # ------------------------------------------------------------------------------------- what is done about it
 
-    def _first_to_say(self, step: int, lines: list[str]) -> bool:
+    def _first_to_say(self, step: int) -> bool:
         """Without rank 0 there is no other way to agree on who speaks than a file that only one can create."""
         path = self.stacks.with_name(f"stall-{self.heartbeat.token}-step-{step}.txt")
         try:
-            return files.create_exclusive(path, "\n".join(lines) + "\n")
+            return files.create_exclusive(path, f"rank {self.world.rank} reports this stall\n")
         except OSError:
             return True  # better said twice than never
 
-    def _report(self, worst: Heard, idle: float, lines: list[str], ranks: list[int]) -> None:
-        owner, step = worst.beat.owner, worst.beat.step
-        if owner in self.limits:
-            title = f"stall: `{owner}` has taken {idle:.0f} s at step {step} (its limit is {self.limits[owner]:g} s)."
-        else:
-            limit = self.settings.stall_seconds
+    def _report(self, worst: Heard, heard: list[Heard], now: float) -> None:
+        owner, step, idle, limit = worst.beat.owner, worst.beat.step, worst.idle(now), worst.beat.limit
+        lines = describe(heard, self.heartbeat.processes, now, self.silence)
+        if owner in LONG:
+            title = f"stall: `{owner}` has taken {idle:.0f} s at step {step} (its limit is {limit:g} s)."
+        elif limit == self.settings.stall_seconds:
             title = f"stall: no step for {idle:.0f} s after step {step} (watch.stall_seconds={limit:g})."
+        else:
+            title = f"stall: the first step has taken {idle:.0f} s (the limit of a start is {limit:g} s)."
         wait = self.settings.exit_seconds
         end = f"leaving with exit code {EXIT_ERROR} in {wait:g} s unless it moves (watch.exit_seconds)" if wait else (
             "the time-out of the collective ends the job; watch.exit_seconds would end it earlier")
         stacks = f"Stacks of every rank's threads: {self.stacks.parent}/stacks-rank-*.txt; {end}."
-        print("\n  ".join([title, *lines, stacks]), file=sys.stderr, flush=True)
-        self._tell("stall", step=step, phase=owner, seconds=round(idle, 1), missing=ranks, what=" ".join(lines))
+        advice = f"Try: {hint(heard, now, self.silence)}"
+        print("\n  ".join([title, *lines, stacks, advice]), file=sys.stderr, flush=True)
+        self._tell("stall", step=step, phase=owner, seconds=round(idle, 1), missing=missing(heard, now, self.silence)[0],
+                   what=" ".join(lines))
 
     def _say_over(self) -> None:
         if not self._spoke:

@@ -93,6 +93,9 @@ def meet_accelerate(env: MutableMapping[str, str]) -> list[str]:
     said = [f"`accelerate launch` sets {key}={env[key]}, which is not read; {instead} decides"
             for key, (instead, silent) in _ACCELERATE_CHOICES.items() if env.get(key, silent[0]).lower() not in silent]
     if env.get("ACCELERATE_USE_CPU", "").lower() == "true":
+        if env.get("MASTER_ADDR") and not any(key in env for key in dist._RANK):
+            said.append("`accelerate launch --cpu` starts one process whatever --num_processes says (it would need mpirun). "
+                        "Try: --multi_gpu --num_processes N, which runs on CPUs too, or `python -m launch local --nproc N`")
         env["CUDA_VISIBLE_DEVICES"] = ""  # --cpu on a machine with GPUs, said in the way that torch and DeepSpeed obey
     for key in [key for key in env if key.startswith("ACCELERATE_")]:
         del env[key]

@@ -2,6 +2,31 @@
 
 A key is refused when one of our settings owns it, when what it turns on is not offered (the error says why), and when it
 is none we know: DeepSpeed itself ignores unknown top-level keys without a word.
+
+What is derived from the model, P its trained elements and B those of its largest block (`blocks.py`); sizes are elements:
+
+================================== ============================= =========================================================
+key of `zero_optimization`         value                         why
+================================== ============================= =========================================================
+reduce_bucket_size                 P / 8, 5e6 to 1e8, at most P  a buffer of this size (two with overlap) in the gradients'
+                                                                 dtype; at most an eighth of the gradients wait to be sent
+                                                                 when the backward pass is over
+allgather_bucket_size              P, at most 2e8                stages 1 and 2: more updated weights in one call than
+                                                                 this need nothing but memory
+overlap_comm                       GPUs, more than one rank      reduces on a stream of its own beside the backward pass;
+                                                                 on a CPU it would be one more copy
+contiguous_gradients               true                          no fragments of memory from gradients
+stage3_prefetch_bucket_size        B, at most 1e8                gathers the next block while this one computes
+stage3_param_persistence_threshold P / 1000, 1e4 to 1e5          norms, biases and tokens stay whole on every rank: a
+                                                                 gathering each would cost more than under 1 % of P
+stage3_max_live_parameters         2 B + prefetch, 1e8 to 1e9    gathered elements at one time
+stage3_max_reuse_distance          as max_live_parameters        small models stay gathered between forward and backward
+sub_group_size                     2e8                           stage 3: the optimizer steps on so much of a rank's part
+                                                                 at a time, beside it fp32 gradients of this size (0.8 GB)
+data_types.grad_accum_dtype        `zero.grad_accum_dtype`       given when it is not `auto`
+================================== ============================= =========================================================
+
+Stage 3 gathers each block as one (a "leaf module"): engine.py.
 """
 
 from __future__ import annotations
@@ -26,6 +51,7 @@ OWNED = {
     "scheduler": "schedule.name, ...",
     "gradient_clipping": "clip_grad",
     "checkpoint": "save_every, keep_last, ... (checkpoints are our own format)",
+    "data_types.grad_accum_dtype": "zero.grad_accum_dtype",
     "zero_optimization.stage": "zero.stage",
 }
 """DeepSpeed key -> our setting."""
@@ -61,16 +87,14 @@ ALLOWED = ("zero_optimization", "communication_data_type", "data_types", "comms_
            "wall_clock_breakdown", "memory_breakdown", "dump_state", "steps_per_print", "timers", "disable_python_gc")
 """Top-level keys that `zero.config` may hold."""
 
-_BUCKET = 200_000_000  # elements in a reduce or gather bucket: 0.4 GB in bf16 each
-
 
 def derive(settings: EngineSettings, precision: str, *, world_size: int, micro_batch_size: int, accumulation: int,
-           numel: int) -> dict[str, Any]:
-    """The configuration for `deepspeed.initialize`; `numel` is the number of trained elements (bounds the buckets).
+           numel: int, largest_block: int = 0, gpu: bool = False) -> dict[str, Any]:
+    """The configuration for `deepspeed.initialize`.
 
-    Raises `ConfigError` with all that is wrong in `zero.config`. `precision` is resolved: fp32, amp or bf16.
+    `numel` is the number of trained elements, `largest_block` that of the largest block (0: it has none), `precision` is
+    resolved: fp32, amp or bf16. Raises `ConfigError` with all that is wrong in `zero.config`.
     """
-    bucket = min(_BUCKET, max(2, numel + numel % 2))  # DeepSpeed allocates buckets whole, and wants them even
     config: dict[str, Any] = {
         "train_batch_size": micro_batch_size * accumulation * world_size,
         "train_micro_batch_size_per_gpu": micro_batch_size,
@@ -81,22 +105,41 @@ def derive(settings: EngineSettings, precision: str, *, world_size: int, micro_b
         "zero_allow_untested_optimizer": True,  # Lion and SGD; every optimizer here works element by element
         "steps_per_print": None,
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the device every step
-        "zero_optimization": {
-            "stage": settings.zero.stage,
-            "reduce_bucket_size": bucket,
-            "allgather_bucket_size": bucket,
-            "contiguous_gradients": True,
-            "round_robin_gradients": False,  # only helps offloading
-            "stage3_prefetch_bucket_size": min(50_000_000, bucket),
-        },
+        "zero_optimization": {"stage": settings.zero.stage,
+                              **_sizes(numel, largest_block, settings.zero.stage, overlap=gpu and world_size > 1)},
     }
+    if settings.zero.grad_accum_dtype != "auto":
+        config["data_types"] = {"grad_accum_dtype": settings.zero.grad_accum_dtype}
     user = read_user_config(settings)
     problems = Problems(ConfigError, "zero.config cannot be used as it is:")
-    check_user_config(user, settings.zero.stage, problems)
+    check_user_config(user, problems)
     problems.raise_if_any()
     _merge(config, user)
     _check_zero_section(config["zero_optimization"])
     return config
+
+
+def _sizes(numel: int, block: int, stage: int, *, overlap: bool) -> dict[str, Any]:
+    """The table above."""
+    whole = max(2, numel + numel % 2)  # DeepSpeed allocates buckets whole, and wants them even
+    block = block or numel
+    sizes: dict[str, Any] = {
+        "reduce_bucket_size": min(_within(numel // 16 * 2, 5_000_000, 100_000_000), whole),
+        "overlap_comm": overlap,
+        "contiguous_gradients": True,
+        "round_robin_gradients": False,  # only helps offloading
+    }
+    if stage < 3:
+        return {**sizes, "allgather_bucket_size": min(200_000_000, whole)}
+    prefetch = min(block, 100_000_000)
+    live = _within(2 * block + prefetch, 100_000_000, 1_000_000_000)
+    return {**sizes, "stage3_prefetch_bucket_size": prefetch, "stage3_max_live_parameters": live,
+            "stage3_max_reuse_distance": live, "sub_group_size": 200_000_000,
+            "stage3_param_persistence_threshold": _within(numel // 1000, 10_000, 100_000)}
+
+
+def _within(value: int, low: int, high: int) -> int:
+    return min(max(value, low), high)
 
 
 def read_user_config(settings: EngineSettings) -> dict[str, Any]:
@@ -115,7 +158,7 @@ def read_user_config(settings: EngineSettings) -> dict[str, Any]:
     return found
 
 
-def check_user_config(user: dict[str, Any], stage: int, problems: Problems) -> None:
+def check_user_config(user: dict[str, Any], problems: Problems) -> None:
     """Add a problem for every key of `zero.config` that is owned by us, not offered, or unknown."""
     for key, value in _leaves(user):
         if key == "optimizer" and isinstance(value, dict) and str(value.get("type", "")).lower() == "muon":
@@ -126,9 +169,6 @@ def check_user_config(user: dict[str, Any], stage: int, problems: Problems) -> N
         elif key in REFUSED:
             if value not in (None, False, 0) and not (key.endswith("hpz_partition_size") and value == 1):
                 problems.add(f"zero.config: `{key}` = {value!r}: {REFUSED[key]}.", "remove the key")
-        elif key == "data_types.grad_accum_dtype" and stage == 1:
-            problems.add(f"zero.config: `{key}` = {value!r}: at stage 1 DeepSpeed would switch to another optimizer class, "
-                         "whose state is laid out differently.", "zero.stage=2, or remove the key")
         elif key.split(".")[0] not in ALLOWED:
             near = nearest(key, [*ALLOWED, *OWNED])
             hint = f"did you mean `{near[0]}`?" if near else f"keys that can be given: {', '.join(ALLOWED)}"

@@ -8,6 +8,7 @@ so it must fit into the memory of one host once per rank.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from torch import nn
 
 from tubelet.dist import World
 from tubelet.engine.batch_norm import average_statistics
+from tubelet.engine.blocks import blocks_of
 from tubelet.engine.layout import Layout
 from tubelet.engine.optim import build_optimizer, parameter_groups, set_learning_rate
 from tubelet.engine.precision import check_precision
@@ -44,11 +46,14 @@ class ZeroEngine:
         self._shapes = {name: tuple(param.shape) for group in groups
                         for name, param in zip(group["param_names"], group["params"])}
         config = derive(settings, self.precision, world_size=world.size, micro_batch_size=micro_batch_size,
-                        accumulation=accumulation, numel=sum(param.numel() for param in trained))
+                        accumulation=accumulation, numel=sum(param.numel() for param in trained), gpu=device.type == "cuda",
+                        largest_block=max((_numel(block) for _, block in blocks_of(module)), default=0))
         optimizer = build_optimizer(groups, settings.optimizer, device)
         names = {param: name for name, param in module.named_parameters()}
         # DeepSpeed casts the parameters and then moves them: these stay where the module was built, until `widen`.
         originals = {names[param]: param.data for param in trained} if self.precision == "bf16" else {}
+        if self.stage == 3:
+            _gather_by_block(module)
         self.deepspeed = _initialize(module, optimizer, config)
         self.model = self.deepspeed
         if self.precision == "bf16":
@@ -133,6 +138,37 @@ def _inputs_to_bf16(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}
 
 
+def _numel(module: nn.Module) -> int:
+    return sum(param.numel() for param in module.parameters())
+
+
+def _gather_by_block(module: nn.Module) -> None:
+    """Stage 3 gathers and releases a block's parameters together, with one hook instead of one for each of its layers: a
+    quarter of the Python of a step, and larger messages. A compiler then meets no hook inside of a block."""
+    from deepspeed.utils import set_z3_leaf_module
+
+    for _, block in blocks_of(module):
+        set_z3_leaf_module(block, True)
+
+
+@contextlib.contextmanager
+def _reduced_one_by_one() -> Iterator[None]:
+    """Gradients of leaf modules are reduced as they appear, like all others.
+
+    DeepSpeed would reduce them in a backward hook of the module. That hook comes before the gradients when the module's
+    input needs none (a frozen stem), and more than once when the module runs more than once in a micro-batch; both end in
+    errors (0.19.8). It is meant for experts that a batch may not take, which no block here is.
+    """
+    from deepspeed.runtime.zero import stage3
+
+    theirs = stage3.z3_leaf_parameter
+    stage3.z3_leaf_parameter = lambda param: False
+    try:
+        yield
+    finally:
+        stage3.z3_leaf_parameter = theirs
+
+
 def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any]) -> Any:
     """`deepspeed.initialize` on the process group that exists, without its compiler, its MPI discovery and its noise."""
     global _joined
@@ -160,7 +196,8 @@ def _initialize(module: nn.Module, optimizer: torch.optim.Optimizer, config: dic
     if optimizer.__class__.__module__.startswith("tubelet."):
         deepspeed_logger.setLevel(logging.ERROR)  # "untested optimizer": tested here
     try:
-        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)  # type: ignore[arg-type]
+        with _reduced_one_by_one():
+            engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config)  # type: ignore[arg-type]
     finally:
         deepspeed_logger.setLevel(logging.WARNING)
     return engine
