@@ -22,10 +22,10 @@ os.environ.update(OMP_NUM_THREADS="1", DS_ACCELERATOR="cpu")
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent / "tests")]
 
-import torch
-from bare_loop import BareLoop
-from common import machine
-from ranks import run_ranks
+import torch  # noqa: E402
+from bare_loop import BareLoop  # noqa: E402
+from common import machine  # noqa: E402
+from ranks import run_ranks  # noqa: E402
 
 LIMIT, BLOCK = 1.03, 20
 MODEL = {"embed_dim": 192, "depth": 12, "num_heads": 3, "img_size": 64, "num_classes": 100}
@@ -133,7 +133,8 @@ def main() -> None:
             blocks = [{key: sum(own[pair][key] for own in found) for key in found[0][pair]} for pair in range(pairs)]
             ratios = [row["ours"] / row["bare"] for row in blocks]
             row = {"ranks": ranks, "stage": stage, "ratio": statistics.median(ratios), "low": min(ratios),
-                   "high": max(ratios), "ms_of_a_step": 1000 * statistics.median(r["ours"] for r in blocks) / BLOCK, "blocks": blocks}
+                   "high": max(ratios), "blocks": blocks,
+                   "ms_of_a_step": 1000 * statistics.median(r["ours"] for r in blocks) / BLOCK}
             results.append(row)
             print(f"ZeRO-{stage} on {ranks} rank(s): {row['ms_of_a_step']:.1f} CPU ms a step, {row['ratio']:.4f} "
                   f"({row['low']:.3f}-{row['high']:.3f}) of the bare loop  "

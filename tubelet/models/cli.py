@@ -34,7 +34,8 @@ def models(
         sample = f"one clip of {shape[1]} frames" if len(shape) == 4 else "one picture"
         kept = [f"{activation_bytes(model, img_size) / 2**20:,.1f} MiB in bf16"]
         if hasattr(model, "set_grad_checkpointing"):
-            kept.append(f"{activation_bytes(model, img_size, checkpointing=True) / 2**20:,.1f} MiB with activation_checkpointing")
+            again = activation_bytes(model, img_size, checkpointing=True)
+            kept.append(f"{again / 2**20:,.1f} MiB with activation_checkpointing")
         print_table(f"{name} at {img_size} pixels", ["", ""], [
             ["paper", paper_name(name) or "-"],
             ["parameters", f"{num_parameters(model):,} with 1000 classes, {num_parameters(body):,} without classifier"],

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from tubelet.config import Settings, fixed, free
+from tubelet.config import Settings, fixed
 
 
 class ModelSettings(Settings):

@@ -108,7 +108,7 @@ def check(settings: ProgramSettings, world: dist.World) -> int:
         problems.add(f"`data.augment.mixtoken_alpha` is {data.augment.mixtoken_alpha:g}, but {learns}, and no tokens would "
                      "be mixed.", "data.augment.mixtoken_alpha=0, and data.augment.cutmix_alpha=1 to mix pixels")
     if settings.checkpoint.best and not data.val:
-        problems.add("`checkpoint.best` keeps the checkpoint that evaluates best, but `data.val` names nothing to evaluate on.",
+        problems.add("`checkpoint.best` keeps the checkpoint that evaluates best, but `data.val` names nothing.",
                      "checkpoint.best=null, or validation data")
     problems.raise_if_any()
     return micro
@@ -161,7 +161,7 @@ def decide_beginning(settings: ProgramSettings, run: Run, micro_batch_size: int)
         writer = manifest["config"]["run"]["name"]
         if settings.checkpoint.dir and writer != settings.run.name:
             raise RunError(f"checkpoint.dir={settings.checkpoint.dir} holds checkpoints of run `{writer}`, not of "
-                           f"`{settings.run.name}`.", "a checkpoint.dir of this run's own; or init.from_run= to fork that one")
+                           f"`{settings.run.name}`.", "a checkpoint.dir of this run's own; or init.from_run= to fork it")
         changed = check_changes(type(settings), manifest["config"], redacted(settings.model_dump(mode="json")),
                                 str(run.folder))
         notes = [*notes, *(f"changed since the checkpoint: {item}" for item in changed)]
