@@ -62,8 +62,8 @@ def run_local(program: str, words: Sequence[str], nproc: int) -> int:
                     _pass_on(folder, asked, told)  # also to a worker that was not there yet when it came
                 _wait(process, 0.2 if asked else 2.0)
         finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for number, handler in before.items():  # once asked, a late one must not spoil the exit code
+                signal.signal(number, signal.SIG_IGN if asked else handler)
         codes = [int(path.read_text() or 1) for path in sorted(Path(folder).glob("rank-*.code"))]
         return _exit_code(process.returncode, codes, bool(asked))
 

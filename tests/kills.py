@@ -29,8 +29,10 @@ from pathlib import Path
 
 STEPS, SAVE_EVERY, KEEP_LAST, G, M = 30, 2, 2, 4, 2
 SHAPES = [(1, "zero", 1), (2, "zero", 3), (2, "plain", 1), (2, "zero", 1), (1, "plain", 1), (1, "zero", 3), (2, "zero", 2)]
-POINTS = ("save.begin", "save.shard", "save.index", "save.manifest", "save.commit", "save.published", "prune.manifest",
-          "prune.files")
+COMMIT = ("save.begin", "save.manifest", "save.commit", "save.published", "prune.manifest", "prune.files")
+POINTS = {(False, 0): (*COMMIT, "save.shard", "save.index"), (False, 1): ("save.shard",),
+          (True, 0): (*COMMIT, "stage.copy", "save.handed"), (True, 1): ("stage.copy", "save.handed")}
+"""What (asynchronous, rank) passes by itself; the process that writes for it passes the others."""
 OPERATIONS = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir")
 LIFE_SECONDS = 90
 PRELOADED = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "accelerate", "torch.utils.tensorboard",
@@ -54,6 +56,14 @@ def whole(folder):
 def whole_steps(run):
     """Steps of the whole checkpoints of a run, oldest first."""
     return sorted(int(path.name[5:]) for path in run.glob("step-*") if whole(path))
+
+
+def rows(path):
+    """Whole lines of a file that may be being written, or not be there yet."""
+    try:
+        return Path(path).read_text().split("\n")[:-1]
+    except FileNotFoundError:
+        return []
 
 
 def damage(run, step, dice):
@@ -256,7 +266,8 @@ class Nursery:
 
     def _watch(self, children, plan, begun, hears):
         """Until every rank has ended: by its own plan, by ours, or because it is done."""
-        said, text, left, dead_at = {"begins": None, "dies": None, "ok": True}, b"", dict(children), None
+        said, text, left = {"begins": None, "dies": None, "ok": True}, b"", dict(children)
+        dead_at, alone = None, False
         while left:
             now = time.monotonic()
             if plan["kind"] == "time" and not said["dies"] and now - begun >= plan["seconds"]:
@@ -264,12 +275,14 @@ class Nursery:
                 for child in left:
                     os.kill(child, signal.SIGKILL)
                 dead_at = now
-            if plan["kind"] == "writer" and not said["dies"] and os.path.exists(plan["log"]):
-                pid = int(Path(plan["log"]).read_text().split()[1])
+            passed = rows(plan["log"]) if plan["kind"] == "writer" and not said["dies"] else []
+            if passed:
+                pid = int(passed[0].split()[1])
                 said["dies"] = f"writer {plan['name']}" if pid not in children else f"at {plan['name']}"
+                alone = plan["alone"] and pid not in children
+                rank = next(child for child, rank in children.items() if rank == plan["victim"])
                 with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid if plan["alone"] else next(c for c, rank in children.items() if rank == plan["victim"]),
-                            signal.SIGKILL)
+                    os.kill(pid if alone else rank, signal.SIGKILL)
                 dead_at = now
             ready, _, _ = select.select([hears], [], [], 0.005)
             if ready:
@@ -288,6 +301,8 @@ class Nursery:
                     if status and not said["dies"] and not (os.WIFSIGNALED(status) and self._late(hears, said)):
                         return {**said, "ok": False, "why": f"rank {children[child]} ended with {status}"}
             if dead_at is not None and now - dead_at > plan["linger"]:
+                if alone:
+                    return {**said, "ok": False, "why": f"ranks {sorted(left.values())} did not notice that the writer died"}
                 self._kill(left)
             if now - begun > LIFE_SECONDS:
                 return {**said, "ok": False, "why": "hangs"}
@@ -317,23 +332,27 @@ class Nursery:
                     time.sleep(0.002)
         children.clear() if isinstance(children, dict) else None
 
-    def plan(self, size):
+    def plan(self, size, asynchronous):
         """Where the next life ends. Two thirds lie inside a save or pruning."""
         dice = self.dice
+        if asynchronous and dice.random() < 0.5:
+            return self.writer_plan(size)
         plan = {"victim": dice.randrange(size), "linger": dice.choice([0, 0, 0, 0.05, 0.5])}
         kind = dice.choice(["operation", "operation", "point", "time", "operation", "time"])
         if kind == "operation":
             return plan | {"kind": kind, "when": dice.choice(["before", "after"]), "number": dice.randint(1, 50)}
         if kind == "point":
-            # the other ranks pass only the point inside their own file
-            name = dice.choice(POINTS) if plan["victim"] == 0 else "save.shard"
+            name = dice.choice(POINTS[asynchronous, plan["victim"]])
             return plan | {"kind": kind, "name": name, "number": dice.randint(1, 2)}
         return plan | {"kind": "time", "seconds": dice.uniform(0.05, 1.3)}
 
     def writer_plan(self, size):
-        """The process that writes for one rank is in the middle of a file: it is killed, or its rank is."""
-        return {"kind": "writer", "victim": self.dice.randrange(size), "linger": self.dice.choice([0, 0.5, 2]),
-                "name": "save.shard", "alone": self.dice.random() < 0.5, "log": str(self.folder / f"fault-{self.lives}")}
+        """The process that writes for one rank is in the middle of a file: its rank is killed, or it alone is, which all
+        ranks must notice and end with an error by themselves."""
+        victim, alone = self.dice.randrange(size), self.dice.random() < 0.5
+        name = "save.shard" if victim else self.dice.choice(["save.shard", "save.index"])
+        return {"kind": "writer", "victim": victim, "linger": 40 if alone else self.dice.choice([0, 0.5]), "name": name,
+                "alone": alone, "log": str(self.folder / f"fault-{self.lives}")}
 
     def result(self, run):
         """What must not depend on the deaths: final weights and average, digests."""
@@ -362,8 +381,7 @@ class Nursery:
                 shape = next(shapes)
                 rest = sum(self.counts.values()) >= kills
                 asynchronous = self.dice.choice(self.asynchronous)
-                plan = {"kind": "none", "victim": -1, "linger": 0} if rest else (
-                    self.writer_plan(shape[0]) if asynchronous and self.dice.random() < 0.5 else self.plan(shape[0]))
+                plan = {"kind": "none", "victim": -1, "linger": 0} if rest else self.plan(shape[0], asynchronous)
                 if len(known) > 1 and self.dice.random() < 0.1:
                     damage(run, known[-1], self.dice)
                     assert whole_steps(run) == known[:-1], "the damage was not seen"

@@ -91,7 +91,7 @@ def _patiently(world, device, port):
 
     _restart(world, port, 1, 60, 30, 30)
     own: Any = torch_dist.new_group(backend="gloo")  # as DeepSpeed makes its own: with torch's time-out, not ours
-    one, late = torch.ones(1), 1.5 * (world.rank == 1)
+    one, late = torch.ones(1), 1.3 * (world.rank == 1)
     with dist.patience("train"):
         torch_dist.all_reduce(one), torch_dist.all_reduce(one, group=own)  # connected: what follows measures waiting alone
         with dist.patience("save"):

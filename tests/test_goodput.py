@@ -37,7 +37,7 @@ def made_up(tmp_path, *starts):
     return report(records(run))
 
 
-def test_one_undisturbed_start_is_divided_as_its_clock_says(tmp_path):
+def test_one_undisturbed_start_is_divided_as_its_clock_says(tmp_path, capsys):
     seconds = {"start": 10.0, "restore": 5.0, "data": 20.0, "compute": 100.0, "save": 30.0, "evaluate": 15.0, "log": 2.0,
                "wait": 8.0}  # 190 s, and 10 s of imports before
     found = made_up(tmp_path, {"begin": 1000, "clock": 1200, "end": 1200, "first": 0, "step": 50, "share": 0.25,
@@ -49,7 +49,9 @@ def test_one_undisturbed_start_is_divided_as_its_clock_says(tmp_path):
     assert sum(found.shares().values()) == pytest.approx(100)
     assert found.scalars()["goodput/data_pct"] == pytest.approx(10) and found.scalars()["goodput/goodput_pct"] == 50
     assert found.rows()[0] == ("data", "10.0 %", "00:00:20") and found.rows()[-1] == ("goodput", "50.0 %", "00:01:40")
-    assert found.title() == "Goodput: 00:03:20 in 1 start, 50 steps"
+    found.show()
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Goodput: 00:03:20 in 1 start, 50 steps" and lines[2].split() == ["data", "10.0", "%", "00:00:20"]
 
 
 def test_a_killed_job_of_a_scheduler_costs_what_was_lost_and_the_time_it_was_down(tmp_path):

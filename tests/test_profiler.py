@@ -106,5 +106,5 @@ def on_ranks(world, device, folder):
 
 def test_one_step_in_so_many_tells_the_share_of_communication_on_real_ranks(tmp_path):
     (share, own, samples), (silent, _, none) = run_ranks(on_ranks, 2, tmp_path)
-    assert samples == 2 and share == pytest.approx(sum(own) / 2, abs=0.1) and share > 0.3
+    assert samples == 2 and share == pytest.approx(sum(own) / 2, abs=0.2) and share > 0.25
     assert silent is None and none == 0

@@ -88,15 +88,15 @@ def test_a_preempted_group_saves_at_a_step_boundary_leaves_with_85_and_goes_on(t
 
 
 @pytest.mark.slow
-def test_twenty_kills_at_random_moments_and_inside_saves_lose_nothing(tmp_path):
-    """SIGKILL at random moments, at least five inside a save: always resumes, few steps are run twice, equal end."""
-    steps, save_every, kills = 40, 4, 20
+def test_ten_kills_at_random_moments_and_inside_saves_lose_nothing(tmp_path):
+    """SIGKILL of the real programs at random moments, five inside a save or pruning: always resumes, few steps are run
+    twice, equal end. (Hundreds of kills, without the programs' start-up: test_kills.py.)"""
+    steps, save_every, kills = 40, 4, 10
     whole, reference = recipe(tmp_path / "whole", steps, save_every)
     run("pretrain", whole, nproc=2)
     config, folder = recipe(tmp_path / "killed", steps, save_every)
     dice, log = random.Random(0), tmp_path / "faults.log"
-    points = ["save.begin", "save.shard", "save.index", "save.manifest", "save.commit", "save.published", "prune.manifest",
-              "prune.files"]
+    points = ["save.shard", "save.manifest", "save.commit", "save.published", "prune.files"]
     executed, inside_saves = [], 0
     for number in range(kills):
         before = log.read_text().count("\n") if log.exists() else 0

@@ -73,24 +73,24 @@ def _hold_the_lock(seconds):
 
 def _cases(world, device, folder):
     def slow_save(phase, step):
-        time.sleep(2.5 * (phase == "save" and step == 2 and world.rank == 1))
+        time.sleep(1.9 * (phase == "save" and step == 2 and world.rank == 1))
 
     def sleepy_reader(phase, step):
-        time.sleep(2.7 * (phase == "data" and step == 3 and world.rank == 1))
+        time.sleep(2.5 * (phase == "data" and step == 3 and world.rank == 1))
 
     def hung_evaluation(phase, step):
-        time.sleep(2.7 * (phase == "evaluate" and step == 2 and world.rank == 2))
+        time.sleep(2.5 * (phase == "evaluate" and step == 2 and world.rank == 2))
 
     def stopped_rank_0(phase, step):
         time.sleep(0.5 * (phase == "data" and step == 3))  # the others hear of step 2
         if phase == "data" and step == 3 and world.rank == 1:
-            subprocess.Popen(["sh", "-c", f"kill -STOP {pids[0]}; sleep 4; kill -CONT {pids[0]}"])
+            subprocess.Popen(["sh", "-c", f"kill -STOP {pids[0]}; sleep 3; kill -CONT {pids[0]}"])
             time.sleep(0.3)  # so that rank 0 stands still before this step can end
 
     def held_lock(phase, step):
         time.sleep(0.5 * (phase == "evaluate" and step == 2))  # every watching thread looks at least once
         if phase == "compute" and step == 3 and world.rank == 2:
-            _hold_the_lock(5)
+            _hold_the_lock(4.4)
 
     pids = dist.gather(os.getpid())
     said = {}
@@ -98,7 +98,22 @@ def _cases(world, device, folder):
         said[case.__name__] = _train(world, folder / case.__name__, case)
         dist.barrier()
     said["spread"] = _spread(world)
+    said["timed_out"] = _timed_out(world, folder / "timed_out")
     return pids, said
+
+
+def _timed_out(world, folder):
+    def late(phase, step):
+        time.sleep(0.5 * (phase == "data" and step == 3))  # the others hear of step 2
+        time.sleep(1.8 * (phase == "data" and step == 3 and world.rank == 1))
+
+    dist._meeting.seconds["train"] = 1.0
+    try:
+        with dist.patience("train"):
+            _train(world, folder, late, stall=60.0)
+    except RuntimeError as error:  # the default group is broken now: this is the last case
+        return str(dist.explain(error))
+    raise AssertionError("no time-out")
 
 
 def _spread(world):
@@ -132,7 +147,7 @@ def test_a_rank_that_sleeps_in_its_data_is_named_once_with_host_pid_and_place(ca
     assert "2 ranks (ranks 0, 2) are waiting in `compute` (all_reduce) at step 2." in first
     stall, over = _events(folder / "sleepy_reader")
     assert (stall["event"], stall["missing"], stall["step"]) == ("stall", [1], 2) and over["event"] == "stall_over"
-    assert 1.5 <= stall["seconds"] < 2.7
+    assert 1.5 <= stall["seconds"] < 2.5
     for rank in range(3):
         text = _stacks(folder / "sleepy_reader", rank)
         assert ("in sleepy_reader" in text) == (rank == 1) and ("in all_reduce" in text) == (rank != 1)
@@ -165,6 +180,14 @@ def test_a_rank_that_holds_pythons_lock_is_named_and_its_stack_is_written_all_th
     assert _events(folder / "held_lock")[0]["missing"] == [2]
     text = _stacks(folder / "held_lock", 2)
     assert "Timeout (" in text and "in _hold_the_lock" in text
+
+
+def test_a_collective_that_times_out_names_the_rank_that_did_not_arrive(cases):
+    pids, said, _ = cases
+    first = said["timed_out"][0]
+    assert "A collective timed out after 1 s while training (timeout_seconds=1)." in first
+    assert f"rank 1 on host {socket.gethostname()} (pid {pids[1]}) is in `data` at step 2 for" in first
+    assert "Try: a higher timeout_seconds if that rank was only slow" in first
 
 
 def test_the_slow_rank_is_named_on_all_ranks_with_the_spread_of_step_times(cases):

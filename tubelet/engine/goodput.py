@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
+from tubelet.console import print_table
 from tubelet.runs import Attempt, Run
 
 KINDS: tuple[str, ...] = ("data", "compute", "communication", "checkpoint", "evaluation", "restart", "other")
@@ -101,6 +102,10 @@ class Report:
         shares = self.shares()
         rows = [(kind, f"{shares[kind]:.1f} %", duration(self.seconds[kind])) for kind in KINDS]
         return [*rows, ("goodput", f"{100 * self.goodput:.1f} %", duration(self.productive))]
+
+    def show(self) -> None:
+        """Print the table; rank 0, at the end of a job."""
+        print_table(self.title(), ("", "share", "time"), self.rows())
 
     def title(self) -> str:
         """What the table is of."""

@@ -20,8 +20,9 @@ def missing(heard: Sequence[Heard], now: float, silence: float) -> tuple[list[in
     left = [one.rank for one in heard if one.beat.left]
     if left:
         return left, "left"
-    absent = [one.rank for one in heard if not one.beat.collective]
-    if 0 < len(absent) < len(heard):
+    known = [one for one in heard if one.beat.collective or one.beat.place or one.beat.name in _ALONE]
+    absent = [one.rank for one in known if not one.beat.collective]
+    if 0 < len(absent) < len(known):
         return absent, "absent"
     last = max(one.beat.step for one in heard)
     behind = [one.rank for one in heard if one.beat.step < last]

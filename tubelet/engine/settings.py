@@ -141,18 +141,20 @@ class LogSettings(Settings):
     """Write `tensorboard/`; `metrics.jsonl` is always written."""
     wandb: dict[str, Any] | None = free(None)
     """Arguments of `wandb.init` (`project: NAME`, `entity`, `mode: offline` ...) when the package is installed; null = off.
-    A resumed run goes on in the same W&B run."""
+    A resumed run goes on in the same W&B run; steps that W&B has seen are not sent again."""
     images_every: int | None = free(None, gt=0)
-    """Show a sheet of augmented inputs every this many steps (and at the first); null = at the first step only."""
+    """Show a sheet of augmented inputs every this many steps (and at the first), also as a file in `inputs/`; null = at
+    the first step only."""
     histograms_every: int | None = free(None, gt=0)
-    """Histograms of weights every this many steps; null = never."""
+    """Histograms of weights every this many steps, counted where the shards are; null = never."""
     profile_start: int | None = free(None, ge=0)
     """Step at which torch's profiler begins (counted from the start of this job, so that a resumed run can be profiled
     too); its trace goes to `profile/`. null = off."""
     profile_steps: int = free(3, gt=0)
-    """Steps that are profiled."""
+    """Steps that are profiled, on rank 0."""
     communication_every: int | None = free(500, gt=0)
-    """One step in so many is profiled lightly to learn the share of communication; null = never."""
+    """One step in so many is profiled lightly on rank 0 to learn the share of communication, which costs up to a second;
+    null = never."""
 
 
 class WatchSettings(Settings):

@@ -174,7 +174,7 @@ class Trackers:
         """Say trouble with `place`, once."""
         if place not in self.troubles:
             self.troubles.add(place)
-            print(f"warning: {place}: {redact(error)}; training goes on without", flush=True)
+            print(f"warning: {place}: {redact(error)}; training goes on", flush=True)
 
     def _on_tensorboard(self, action: Callable[[Any], Any]) -> None:
         if self.tensorboard and not self._try("TensorBoard", lambda: action(self.tensorboard)):
@@ -216,8 +216,9 @@ class Wandb:
         except UsageError as error:
             raise ConfigError(f"`log.wandb`: {error}",
                               "`wandb login`, or WANDB_API_KEY, or log.wandb.mode=offline") from None
-        except Exception as error:  # no network: the rows are kept on disk
+        except Exception as error:  # no network, after 90 s: the rows are kept on disk
             self.warn("W&B online", f"{type(error).__name__}: {error}; rows are kept in {self.folder} for `wandb sync`")
+            wandb.teardown()  # its process still holds the id
             return wandb.init(**{**self.arguments, "mode": "offline"})
 
     def log(self, step: int, values: Mapping[str, Any]) -> None:

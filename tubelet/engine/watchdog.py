@@ -8,12 +8,14 @@ training, blocks it or keeps the process alive. A rank that is slow but moves is
 from __future__ import annotations
 
 import atexit
+import contextlib
 import faulthandler
 import os
 import sys
 import threading
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -63,14 +65,20 @@ class Watchdog:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is not None and self.world.speaks and dist.explain(error) is not None:
-            now = time.monotonic()
-            ranks, _ = missing(self._everyone(), now, self.silence)
-            if ranks:
-                dist.bear_witness(" ".join(describe(self._everyone(), self.heartbeat.processes, now, self.silence)))
+        if error is not None and dist.explain(error) is not None:
+            self._bear_witness()
         self.close()
         if error is None:
             self._say_over()  # the last steps went faster than the thread looked
+
+    def _bear_witness(self) -> None:
+        """A collective failed: what rank 0 knows of the others belongs into its error."""
+        now, everyone = time.monotonic(), self._everyone()
+        for one in everyone:
+            if one.rank == self.world.rank:
+                one.beat = replace(one.beat, collective=True)  # it waited until a moment ago
+        if missing(everyone, now, self.silence)[0]:
+            dist.bear_witness(" ".join(describe(everyone, self.heartbeat.processes, now, self.silence)))
 
     def close(self) -> None:
         """Stop watching; takes a few milliseconds, at most a few seconds when the network is blocked."""
@@ -83,8 +91,9 @@ class Watchdog:
         if self._file is not None:
             self._file.close()
             self._file = None
-            if not self.stacks.stat().st_size:
-                self.stacks.unlink()
+            with contextlib.suppress(OSError):
+                if not self.stacks.stat().st_size:
+                    self.stacks.unlink()
 
     # ---------------------------------------------------------------------------------- the watching thread
 
@@ -122,14 +131,19 @@ class Watchdog:
 
     def _look(self, now: float) -> None:
         """Judge; when the alarm is raised write the stacks, and leave later if asked to, unless it ends before."""
-        if self.world.speaks:
-            self._judge(now)
-        else:
-            self._judge_rank_0(now)
+        try:
+            if self.world.speaks:
+                self._judge(now)
+            else:
+                self._judge_rank_0(now)
+        finally:  # a report that cannot be printed must not keep the job from leaving
+            self._follow(now)
+
+    def _follow(self, now: float) -> None:
         before, self._alarmed = self._alarmed, self.heartbeat.alarm or self._own_alarm
         if self._alarmed and not before:
-            self.dump("nothing moves")
             self._leave_at = now + (self.settings.exit_seconds or float("inf"))
+            self.dump("nothing moves")
         elif self._alarmed and now >= self._leave_at:
             self._leave()
 
@@ -207,6 +221,12 @@ class Watchdog:
             print(f"warning: the event `{kind}` could not be written: {error}", file=sys.stderr, flush=True)
 
     def _leave(self) -> None:
+        try:
+            self._say_goodbye()
+        finally:
+            os._exit(EXIT_ERROR)  # the main thread cannot be made to leave
+
+    def _say_goodbye(self) -> None:
         self.dump("leaving")
         if self._spoke:
             print(f"stall: nothing moved for another {self.settings.exit_seconds:g} s (watch.exit_seconds): leaving with "
@@ -217,10 +237,14 @@ class Watchdog:
             time.sleep(max(0.0, wait))  # rank 0 holds the store: the others read the alarm there at their own next beats
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(EXIT_ERROR)
 
     def dump(self, why: str) -> None:
-        """Append the stacks of all threads of this process, their names, and the state of its children, to `stacks`."""
+        """Append the stacks of all threads of this process, their names, and the state of its children, to `stacks`. A full
+        disk is passed over."""
+        with contextlib.suppress(OSError):
+            self._dump(why)
+
+    def _dump(self, why: str) -> None:
         now = self.phases.standing()
         file = self._file or sys.stderr
         names = "\n".join(f"  {thread.ident or 0:#018x} {thread.name}" for thread in threading.enumerate())

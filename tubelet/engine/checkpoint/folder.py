@@ -1,7 +1,7 @@
 """The checkpoints of a run: which are kept (the newest few, milestones, the best), room for a new one, rolling back.
 
 One rule stands above all others: nothing that verifies is removed before its successor verifies. Rank 0 calls all of this,
-except what is in `verify.py` (finding, verifying, choosing) and can be had from here too.
+except what is in `verifying.py` (finding, verifying, choosing) and can be had from here too.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from tubelet import faults
 from tubelet.engine.checkpoint import place
 from tubelet.engine.checkpoint.format import LATEST, MANIFEST
-from tubelet.engine.checkpoint.verify import (
+from tubelet.engine.checkpoint.verifying import (
     choose,
     forget_written,
     is_published,

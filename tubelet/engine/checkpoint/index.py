@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,7 @@ class Index:
 
     def to_json(self) -> str:
         number = {name: i for i, name in enumerate(self.shapes)}
-        flats = [{key: value for key, value in asdict(flat).items() if key not in ("shaped", "dtypes") or value}
+        flats = [{key: value for key, value in vars(flat).items() if key not in ("shaped", "dtypes") or value}
                  for flat in self.flats]
         head = {"format": FORMAT, "names": list(self.shapes), "shapes": list(self.shapes.values()),
                 "frozen": self.frozen, "buffers": self.buffers,

@@ -177,8 +177,8 @@ class Saver:
     # ------------------------------------------------------------------------------------------- writing
 
     def _prepare(self, saving: _Save) -> None:
+        place.make_folder(self.target)  # every rank: it asks below for the space there, perhaps before rank 0 is here
         if self.engine.world.rank == 0:
-            place.make_folder(self.target)
             if self.before_commit is not None:
                 self.before_commit()
             faults.point("save.begin")

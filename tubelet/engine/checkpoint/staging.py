@@ -124,9 +124,8 @@ class Staging:
             for entry, place in item.places:
                 if not entry.nbytes:
                     continue
-                tensor = entry.read().detach()
-                assert tensor.numel() * tensor.element_size() == entry.nbytes and tensor.dtype == entry.dtype, entry.name
-                there = self._view(begin + place, entry.nbytes, entry.dtype)
+                tensor, there = entry.read(), self._view(begin + place, entry.nbytes, entry.dtype)
+                assert tensor.numel() == there.numel() and tensor.dtype == entry.dtype, entry.name
                 (there if tensor.dim() == 1 else there.view(tensor.shape)).copy_(tensor, non_blocking=True)
             orders.append({"name": item.name, "begin": begin, "end": end, "before": item.before, "point": item.point})
             faults.point("stage.copy")

@@ -270,12 +270,12 @@ def forget_written(folder: Path) -> None:
 def still_whole(folder: Path) -> bool:
     """Whether a published checkpoint verifies, as rank 0 asks before it removes older ones. One that this process has
     published or verified is looked at quickly, with patience for files of other hosts; any other is read whole."""
-    known = place.key(folder) in _known_whole
+    known, others = place.key(folder) in _known_whole, _rank_and_world()[1] > 1
     try:
         seen = look(folder)
         sizes = {name: entry["bytes"] for name, entry in seen.manifest["files"].items()}
         seen = Seen(seen.manifest, sizes, seen.index_sha256) if known else seen
-        whole = not _problems(folder, seen, not known, patience=VISIBLE_SECONDS if known else 0.0)
+        whole = not _problems(folder, seen, not known, patience=VISIBLE_SECONDS if known and others else 0.0)
     except CheckpointError:
         whole = False
     if whole:

@@ -1,0 +1,140 @@
+"""Which checkpoints stay: the newest, the milestones, the best, and never fewer whole ones than before a newer is whole."""
+
+import json
+
+import pytest
+from test_checkpoint_damage import cut, save_steps
+
+from tubelet.dist import World
+from tubelet.engine import checkpoint
+from tubelet.engine.checkpoint import verifying
+from tubelet.engine.checkpoint.folder import prunable, read_best, set_rolled_back, write_best
+from tubelet.errors import CheckpointError, SupersededError
+
+
+@pytest.fixture
+def run(tmp_path, one_thread):
+    """Steps 1 to 8, and a process that knows none of them."""
+    save_steps(tmp_path / "run", World(), *range(1, 9))
+    verifying._known_whole.clear()
+    return tmp_path / "run"
+
+
+def steps(folders):
+    return [int(folder.name.rpartition("-")[2]) for folder in folders]
+
+
+def left(run):
+    return steps(checkpoint.published(run))
+
+
+def damage(run, step):
+    cut(run / f"step-{step:08d}" / "rank-00000.safetensors")
+
+
+def test_newest_milestones_and_protected_ones_are_kept(run):
+    assert steps(prunable(run, keep_last=2)) == [1, 2, 3, 4, 5, 6]
+    assert steps(prunable(run, keep_last=2, keep_every=3)) == [1, 2, 4, 5]
+    assert steps(prunable(run, keep_last=2, keep_every=2)) == [1, 3, 5]
+    assert steps(prunable(run, keep_last=2, keep_every=2, keep_milestones=2)) == [1, 2, 3, 4, 5]
+    assert steps(prunable(run, keep_last=1, keep_every=2, keep_milestones=3)) == [1, 2, 3, 5, 7]
+    assert steps(prunable(run, keep_last=1, keep_every=2, keep_milestones=99)) == [1, 3, 5, 7]
+    assert steps(prunable(run, keep_last=2, protect=[run / "step-00000001", run / "step-00000004"])) == [2, 3, 5, 6]
+    assert steps(prunable(run, keep_last=100)) == []
+    assert steps(checkpoint.prune(run, keep_last=1, keep_every=4, keep_milestones=1)) == [1, 2, 3, 4, 5, 6, 7]
+    assert left(run) == [8]
+
+
+def test_nothing_whole_goes_before_its_successor_is_whole(run):
+    damage(run, 8)
+    assert steps(checkpoint.prune(run, keep_last=1)) == [1, 2, 3, 4, 5, 6]
+    assert left(run) == [7, 8], "the damaged one is for people to look at"
+
+
+def test_a_damaged_milestone_takes_no_whole_ones_place(run):
+    damage(run, 6)
+    assert steps(prunable(run, keep_last=1, keep_every=3, keep_milestones=1)) == [1, 2, 4, 5, 7]
+    damage(run, 3)
+    assert steps(prunable(run, keep_last=1, keep_every=2, keep_milestones=2)) == [1, 2, 3, 5, 7]
+
+
+def test_with_no_whole_checkpoint_nothing_goes(run):
+    for step in range(1, 9):
+        damage(run, step)
+    assert checkpoint.prune(run, keep_last=1, keep_every=2, keep_milestones=1) == []
+
+
+def test_the_best_one_stays_until_another_is_recorded_and_whole(run):
+    write_best(run, run / "step-00000003", "val/acc1", 71.25)
+    assert read_best(run) == {"folder": "step-00000003", "step": 3, "metric": "val/acc1", "value": 71.25}
+    assert steps(checkpoint.prune(run, keep_last=2)) == [1, 2, 4, 5, 6]
+    damage(run, 8)
+    with pytest.raises(CheckpointError, match="step-00000008 is not a whole checkpoint"):
+        write_best(run, run / "step-00000008", "val/acc1", 99.0)
+    for wrong in (run, run / "step-00000099"):
+        with pytest.raises(CheckpointError):
+            write_best(run, wrong, "val/acc1", 99.0)
+    assert (read_best(run) or {})["step"] == 3
+    write_best(run, run / "step-00000007", "val/acc1", 72.0)
+    assert steps(checkpoint.prune(run, keep_last=1)) == [3]
+
+
+def test_a_record_of_the_best_is_a_hint_and_never_believed(run):
+    write_best(run, run / "step-00000003", "loss", 0.5)
+    good = json.loads((run / "best.json").read_text())
+    for wrong in ("", "{", "[]", "null", json.dumps(good | {"step": 4}),
+                  json.dumps(good | {"folder": "../run/step-00000003"}),
+                  json.dumps(good | {"folder": "step-00000033", "step": 33}), json.dumps(good | {"value": None}),
+                  json.dumps(good | {"value": float("nan")}), json.dumps({})):
+        (run / "best.json").write_text(wrong)
+        assert read_best(run) is None and 3 in steps(prunable(run, keep_last=1)), wrong
+    (run / "best.json").write_text(json.dumps(good))
+    assert (read_best(run) or {})["value"] == 0.5
+    set_rolled_back(run, 2)
+    assert read_best(run) is None, "it was rolled back"
+
+
+def test_what_is_rolled_back_is_never_resumed_and_goes_when_two_newer_ones_are_whole(run):
+    moved = set_rolled_back(run, 5)
+    assert [path.name for path in moved] == [f"rolled-back-step-0000000{step}" for step in (6, 7, 8)]
+    assert left(run) == [1, 2, 3, 4, 5] and (run / "latest").read_text() == "step-00000005\n"
+    assert checkpoint.choose(run) == (run / "step-00000005", []) and checkpoint.verify(moved[0]) == []
+    assert set_rolled_back(run, 5) == []
+    save_steps(run, World(), 6, 7)
+    assert [path.name for path in set_rolled_back(run, 5)] == ["rolled-back-step-00000006-2", "rolled-back-step-00000007-2"]
+    save_steps(run, World(), 6, 7)
+    assert not [path for path in checkpoint.prune(run, keep_last=2) if path.name.startswith("rolled")]
+    save_steps(run, World(), 8)
+    away = [path.name for path in checkpoint.prune(run, keep_last=2) if path.name.startswith("rolled")]
+    assert sorted(away) == ["rolled-back-step-00000006", "rolled-back-step-00000006-2"]
+    save_steps(run, World(), 9, 10)
+    checkpoint.prune(run, keep_last=2)
+    assert sorted(path.name for path in run.iterdir() if path.is_dir()) == ["step-00000009", "step-00000010"]
+
+
+def test_a_run_that_keeps_one_does_not_keep_what_was_rolled_back_for_ever(run):
+    set_rolled_back(run, 7)
+    save_steps(run, World(), 9)
+    assert "rolled-back-step-00000008" in [path.name for path in checkpoint.prune(run, keep_last=1)]
+
+
+def test_an_attempt_that_lost_the_run_removes_and_moves_nothing(run):
+    def lost():
+        raise SupersededError("another attempt owns this run")
+
+    with pytest.raises(SupersededError):
+        checkpoint.prune(run, keep_last=1, before_delete=lost)
+    with pytest.raises(SupersededError):
+        set_rolled_back(run, 2, before_move=lost)
+    assert left(run) == list(range(1, 9))
+
+
+def test_checkpoints_are_read_whole_once_a_process(run, monkeypatch):
+    read, hashed = [], verifying.place.sha256
+    monkeypatch.setattr(verifying.place, "sha256", lambda path: read.append(path.parent.name) or hashed(path))
+    assert len(checkpoint.prune(run, keep_last=2)) == 6 and set(read) == {"step-00000007", "step-00000008"}
+    read.clear()
+    save_steps(run, World(), 9)
+    assert steps(checkpoint.prune(run, keep_last=2)) == [7] and not read, "known ones, and one written here"
+    damage(run, 9)  # sizes are looked at all the same
+    assert checkpoint.prune(run, keep_last=1) == [] and left(run) == [8, 9]
