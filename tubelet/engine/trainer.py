@@ -397,4 +397,5 @@ class Trainer:
                 limits={"start": max(limits, share * settings.save_timeout_seconds),
                         "restore": share * settings.save_timeout_seconds, "save": share * settings.save_timeout_seconds,
                         "evaluate": share * settings.eval_timeout_seconds}))
+            stack.enter_context(dist.patience("train"))
             yield stop

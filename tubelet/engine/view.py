@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from tubelet import dist
-from tubelet.console import print_table
 from tubelet.engine import histograms
 from tubelet.engine.card import CardFacts, write_card
 from tubelet.engine.console import Console
@@ -159,6 +158,5 @@ class View:
         self._card(state, final=True)
         self.console.close()
         if self.world.speaks:
-            report = self.goodput.report()
-            print_table(report.title(), ("share of time", "", ""), report.rows())
+            self.goodput.report().show()
         self.trackers.close()
