@@ -165,7 +165,7 @@ def train_all(world, device, plan):
             mean, result = one_step(engine, step, rate(step, optimizer["lr"], steps))
             assert result.applied
             losses.append(mean)
-            norms.append(result.grad_norm)
+            norms.append(float(result.grad_norm))
         total = np.mean(dist.gather(losses), axis=0)
         assert len(set(map(tuple, dist.gather(norms)))) == 1, "ranks disagree about the gradient norm"
         results[engine_name, optimizer["name"], precision] = total, norms, weights(engine)
@@ -235,7 +235,7 @@ def nan_on_one_rank(world, device):
         assert result.applied and math.isfinite(mean) and math.isfinite(result.grad_norm), case
         after = snapshot(engine)
         assert not same(before, after) and all(torch.isfinite(tensor).all() for tensor in after), case
-        assert len(set(dist.gather(result.grad_norm))) == 1, case
+        assert len(set(dist.gather(float(result.grad_norm)))) == 1, case
         engine.close()
 
 
@@ -433,46 +433,3 @@ def test_bf16_with_batch_norm_names_amp():
     with pytest.raises(ConfigError, match="(?s)BatchNorm.*precision=amp"):
         build_engine(Convolutional(), settings("zero1", SGD, precision="bf16"), world=World(),
                      device=torch.device("cpu"), micro_batch_size=2)
-
-
-def test_deepspeed_keys_that_are_ours_or_not_offered_are_refused_together(tmp_path):
-    from tubelet.engine.zero.deepspeed_config import derive
-
-    def with_config(config, stage=1):
-        given = settings("zero1", zero={"stage": stage, "config": config})
-        return derive(given, "bf16", world_size=2, micro_batch_size=2, accumulation=2, numel=1001)
-
-    refused = {"train_batch_size": ("global_batch_size", 8), "train_micro_batch_size_per_gpu": ("micro_batch_size", 2),
-               "gradient_accumulation_steps": ("global_batch_size", 2), "bf16": ("precision", {"enabled": True}),
-               "torch_autocast": ("precision", {"enabled": True}), "gradient_clipping": ("clip_grad", 1.0),
-               "scheduler": ("schedule.name", {"type": "WarmupLR"}), "checkpoint": ("save_every", {"writer": {}}),
-               "fp16": ("loss scaling", {"enabled": True}), "optimizer": ("Muon", {"type": "Muon"}),
-               "zero_optimisation": ("did you mean `zero_optimization`", {})}
-    zero = {"stage": ("zero.stage", 2), "offload_optimizer": ("offload", {"device": "cpu"}),
-            "zero_hpz_partition_size": ("ZeRO++", 8), "zero_quantized_weights": ("ZeRO++", True),
-            "mics_shard_size": ("MiCS", 2)}
-    config = {key: value for key, (_, value) in refused.items()}
-    config["zero_optimization"] = {key: value for key, (_, value) in zero.items()}
-    with pytest.raises(ConfigError) as caught:
-        with_config(config)
-    numbered = [line for line in str(caught.value).splitlines() if line.strip()[:1].isdigit()]
-    assert len(numbered) == len(refused) + len(zero)
-    for key, (named, _) in [*refused.items(), *zero.items()]:
-        assert key in str(caught.value) or key == "optimizer"
-        assert named in str(caught.value), named
-
-    with pytest.raises(ConfigError, match="stage 1"):
-        with_config({"data_types": {"grad_accum_dtype": "fp32"}})
-    with pytest.raises(ConfigError, match="did you mean `overlap_comm`"):
-        with_config({"zero_optimization": {"overlap_com": True}})
-    with pytest.raises(ConfigError, match="reduce_bucket_size` = 'many'"):
-        with_config({"zero_optimization": {"reduce_bucket_size": "many"}})
-    with pytest.raises(ConfigError, match="zero.config: .*nowhere.json"):
-        with_config(str(tmp_path / "nowhere.json"))
-
-    path = tmp_path / "ds.json"
-    path.write_text('{"zero_optimization": {"overlap_comm": true, "zero_hpz_partition_size": 1}, "dump_state": false}')
-    derived = with_config(str(path), stage=3)
-    assert derived["zero_optimization"]["overlap_comm"] is True and derived["zero_optimization"]["stage"] == 3
-    assert derived["train_batch_size"] == 8 and derived["gradient_clipping"] == 0.5 and derived["bf16"]["enabled"]
-    assert derived["zero_optimization"]["reduce_bucket_size"] == 1002  # never larger than the model, and even

@@ -1,4 +1,26 @@
-"""From settings to an engine, with everything that cannot be reported together."""
+"""From settings to an engine, with everything that cannot be reported together.
+
+What can be combined. "yes": tested on two ranks against the same engine bare, losses and gradient norms
+(tests/test_blocks.py, test_sync_batch_norm.py); everything else is refused before training, with the reason and a way out.
+
+============================== ============ ============ =================== ===================
+with                           plain        ZeRO-1, 2    ZeRO-3              why not
+============================== ============ ============ =================== ===================
+fp32, amp                      yes          yes          yes
+bf16                           no           yes          yes                 no fp32 masters
+recompute full                 yes          yes          yes
+recompute selective            yes          yes          compiled only       wrong gradients
+compile                        yes          yes          yes
+compile and recompute          yes          yes          yes
+sync_batch_norm                yes          yes          yes
+sync_batch_norm and recompute  yes          yes          yes (full)
+sync_batch_norm and compile    no           no           no                  collectives in blocks
+grad_accum_dtype fp32 in bf16  no bf16      ZeRO-2       yes                 BF16_Optimizer at 1
+============================== ============ ============ =================== ===================
+
+BatchNorm goes with all of them in fp32 and amp, not with bf16. Not run on GPUs so far: overlap, torch's SyncBatchNorm,
+`compile.mode` other than default.
+"""
 
 from __future__ import annotations
 

@@ -26,6 +26,8 @@ from tubelet.engine.protocol import Engine, Flat
 
 Stretch = tuple[int, int, float]
 """(first element, end, scale of the learning rate) in a flat."""
+Place = tuple[torch.Tensor, slice | None]
+"""(key, a stretch of it); None = all of it."""
 
 
 def stretches(flat: Flat, scales: Mapping[str, float]) -> list[Stretch]:
@@ -55,7 +57,11 @@ class Scaled(torch.optim.Optimizer):
 
     def scale(self, key: torch.Tensor) -> float:
         """Scale of a flat that is one whole parameter."""
-        return self._places[key][0][2] if self._places else 1.0
+        return self.stretches_of(key)[0][2] if self.scales else 1.0
+
+    def stretches_of(self, key: torch.Tensor) -> list[Stretch]:
+        assert self._places is not None, "bind() comes before the first step"
+        return self._places[key]
 
     def live(self, group: dict[str, Any]) -> list[torch.Tensor]:
         """The keys of a group that have a gradient, their state begun."""
@@ -69,20 +75,20 @@ class Scaled(torch.optim.Optimizer):
         """Fill in the state of a tensor before its first step."""
         raise AssertionError(f"{type(self).__name__} does not say how its state begins")
 
-    def by_scale(self, keys: Sequence[torch.Tensor]) -> Iterator[tuple[float, list[tuple[torch.Tensor, slice]]]]:
+    def by_scale(self, keys: Sequence[torch.Tensor]) -> Iterator[tuple[float, list[Place]]]:
         """(scale, its stretches in all keys)."""
-        assert self.scales and self._places is not None, "bind() comes before the first step"
-        found: dict[float, list[tuple[torch.Tensor, slice]]] = {}
+        found: dict[float, list[Place]] = {}
         for key in keys:
-            for first, end, scale in self._places[key]:
-                found.setdefault(scale, []).append((key, slice(first, end)))
+            places = self.stretches_of(key)
+            for first, end, scale in places:
+                found.setdefault(scale, []).append((key, slice(first, end) if len(places) > 1 else None))
         yield from found.items()
 
-    def views(self, places: list[tuple[torch.Tensor, slice]], *kinds: str) -> list[list[torch.Tensor]]:
+    def views(self, places: list[Place], *kinds: str) -> list[list[torch.Tensor]]:
         """Weights, gradients and the named state tensors of the stretches."""
-        weights = [key.detach()[place] for key, place in places]
-        grads = [key.grad[place] for key, place in places]  # type: ignore[index]
-        return [weights, grads, *([self.state[key][kind][place] for key, place in places] for kind in kinds)]
+        wholes: list[list[torch.Tensor]] = [[key for key, _ in places], [key.grad for key, _ in places]]  # type: ignore
+        wholes += [[self.state[key][kind] for key, _ in places] for kind in kinds]
+        return [[whole if cut is None else whole.detach()[cut] for whole, (_, cut) in zip(own, places)] for own in wholes]
 
 
 class AdamW(Scaled, torch.optim.AdamW):
@@ -96,15 +102,18 @@ class AdamW(Scaled, torch.optim.AdamW):
         for group in self.param_groups:
             keys = self.live(group)
             for scale, places in self.by_scale(keys):
-                # torch counts every tensor of its list on by one: it gets copies, and the flat's own count follows below
-                steps = [self.state[key]["step"].clone() for key, _ in places]
+                # torch counts every tensor of its list on by one: of a flat in several stretches it gets copies, and the
+                # flat's own count follows below
+                steps = [self.state[key]["step"] for key, _ in places]
+                steps = [step if cut is None else step.clone() for step, (_, cut) in zip(steps, places)]
                 weights, grads, means, squares = self.views(places, "exp_avg", "exp_avg_sq")
                 adamw(
                     weights, grads, means, squares, [], steps, foreach=group["foreach"], fused=group["fused"],
                     amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"] * scale,
                     weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
             for key in keys:
-                self.state[key]["step"] += 1
+                if len(self.stretches_of(key)) != 1:
+                    self.state[key]["step"] += 1
 
     def begin(self, state: dict[str, Any], key: torch.Tensor, group: dict[str, Any]) -> None:
         state["step"] = torch.zeros((), device=key.device if group["fused"] else "cpu")

@@ -32,6 +32,8 @@ T = TypeVar("T")
 
 PAUSES = (0.5, 2.0, 5.0)
 """Seconds between the tries of one call to a store, beside what its driver does by itself."""
+PATIENCE_SECONDS = 300.0
+"""A call that has taken so long in all is not tried again: a store that hangs must not take hours to be noticed."""
 PART = 16 * 2**20
 """Bytes a request when a file is read from its beginning to its end."""
 
@@ -73,7 +75,8 @@ def _options(protocol: str, storage: Mapping[str, Any]) -> dict[str, Any]:
     if protocol in _CACHING:
         options.setdefault("use_listings_cache", False)  # other processes write here too
     if protocol in ("s3", "s3a"):
-        options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60, **options.get("config_kwargs", {})}
+        options["config_kwargs"] = {"connect_timeout": 10, "read_timeout": 60, "retries": {"total_max_attempts": 2},
+                                    **options.get("config_kwargs", {})}
     return options
 
 
@@ -134,13 +137,14 @@ def patiently(path: Path, doing: str, action: Callable[[], T]) -> T:
     """`action()`; on a store it is tried again after each of `PAUSES` unless the error says that it is no use."""
     if not is_remote(path):
         return action()
+    until = time.monotonic() + PATIENCE_SECONDS
     for tries in range(1, len(PAUSES) + 2):
         try:
             return action()
         except (CheckpointError, FileNotFoundError):
             raise
         except Exception as error:
-            if tries > len(PAUSES) or _hopeless(error):
+            if tries > len(PAUSES) or _hopeless(error) or time.monotonic() > until:
                 raise _worded(path, doing, error, tries) from None
         time.sleep(PAUSES[tries - 1] * random.Random().uniform(0.5, 1.5))  # its own generator: nothing here moves others'
     raise AssertionError

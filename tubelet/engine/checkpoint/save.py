@@ -95,9 +95,10 @@ class Saver:
         """Save the state as it is now. All ranks call it between steps; a failure on one is raised on all.
 
         Synchronous: returns when `step-XXXXXXXX` is published. Asynchronous: returns when the copy is taken and handed to
-        the writer; call `finish` when all ranks are `ready`. A save that is still in flight is finished first. `ema` holds
-        one tensor for each of `engine.flats()`. `extra` is JSON and becomes part of the manifest. BatchNorm statistics are
-        averaged over ranks first.
+        the writer; call `finish` when all ranks are `ready`. A save that is still in flight is finished first; if it failed,
+        its error is raised here and the new one is not begun. `ema` holds one tensor for each of `engine.flats()`. `extra`
+        is JSON and becomes part of the manifest. BatchNorm statistics are averaged over ranks first. Call it from the main
+        thread: the writer dies with the thread that started it.
         """
         self.finish()
         saving = self._describe(step, ema, extra)

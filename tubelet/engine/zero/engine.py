@@ -143,8 +143,8 @@ def _numel(module: nn.Module) -> int:
 
 
 def _gather_by_block(module: nn.Module) -> None:
-    """Stage 3 gathers and releases a block's parameters together, with one hook instead of one for each of its layers: a
-    quarter of the Python of a step, and larger messages. A compiler then meets no hook inside of a block."""
+    """Stage 3 gathers and releases a block's parameters together, by one hook instead of one for each of its
+    layers: fewer and larger messages, less Python. A compiler then meets no hook inside of a block."""
     from deepspeed.utils import set_z3_leaf_module
 
     for _, block in blocks_of(module):
