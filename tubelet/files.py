@@ -163,7 +163,7 @@ def _forget_upload(file: Any) -> None:
     """Give up a half-written object: closing it would publish what is there."""
     try:
         file.discard()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, RuntimeError):
         pass  # a store that writes at closing time only
     file.closed = True
 
