@@ -1,6 +1,12 @@
 """`python -m finetune CONFIG [key=value ...]`: go on from pretrained weights, at another resolution or with another head."""
 
 import sys
+
+if __name__ == "__main__":  # the imports below take a third of a second, and there is nothing yet that could be saved
+    from tubelet.leaving import leave_at_once
+
+    leave_at_once()
+
 from collections.abc import Sequence
 
 from finetune.settings import FinetuneSettings

@@ -5,13 +5,12 @@ SLURM, hostfile and Kubernetes launchers have their place in this folder and are
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
 
 if __name__ == "__main__":  # the imports below take half a second, and nothing has been started yet that could be saved
-    for _number, _code in ((signal.SIGTERM, 85), (signal.SIGUSR1, 85), (signal.SIGUSR2, 85), (signal.SIGINT, 130)):
-        signal.signal(_number, lambda *_, code=_code: os._exit(code))
+    from tubelet.leaving import leave_at_once
+
+    leave_at_once()
 
 import importlib
 from collections.abc import Sequence

@@ -1,7 +1,8 @@
 """From settings to an engine, with everything that cannot be reported together.
 
-What can be combined. "yes": tested on two ranks against the same engine bare, losses and gradient norms
-(tests/test_blocks.py, test_sync_batch_norm.py); everything else is refused before training, with the reason and a way out.
+What can be combined. "yes": run on two ranks against the same engine bare, losses and gradient norms, with a small ViT +
+TokenLearner (UniFormer where there is BatchNorm); tests/test_blocks.py and test_sync_batch_norm.py keep a part of it.
+Everything else is refused before training, with the reason and a way out.
 
 ============================== ============ ============ =================== ===================
 with                           plain        ZeRO-1, 2    ZeRO-3              why not
@@ -18,8 +19,8 @@ sync_batch_norm and compile    no           no           no                  col
 grad_accum_dtype fp32 in bf16  no bf16      ZeRO-2       yes                 BF16_Optimizer at 1
 ============================== ============ ============ =================== ===================
 
-BatchNorm goes with all of them in fp32 and amp, not with bf16. Not run on GPUs so far: overlap, torch's SyncBatchNorm,
-`compile.mode` other than default.
+BatchNorm runs in fp32 and amp, not in bf16; synchronised it was run in fp32 only. Not run on GPUs so far: overlap, torch's
+SyncBatchNorm, `compile.mode` other than default.
 """
 
 from __future__ import annotations

@@ -31,7 +31,7 @@ def info(path: PathArgument) -> None:
     from tubelet.engine.checkpoint.format import read_manifest
     from tubelet.engine.checkpoint.index import Index
 
-    folder = newest(path)
+    folder = newest(place.home(path))
     manifest, index = read_manifest(folder), Index.read(folder)
     engine, model = manifest["engine"], (manifest.get("config") or {}).get("model") or {}
     values = sum(math.prod(shape) for shape in {**index.shapes, **index.frozen}.values())
@@ -66,10 +66,11 @@ def verify(
     quick: Annotated[bool, typer.Option(help="sizes and places only; do not read and hash every byte")] = False,
 ) -> None:
     """Check sizes, hashes and that every element of every parameter is there; exit code 1 on problems."""
+    from tubelet.engine.checkpoint import place
     from tubelet.engine.checkpoint.folder import newest, published
     from tubelet.engine.checkpoint.folder import verify as verify_folder
 
-    folders = published(path) if all_ else [newest(path)]
+    folders = published(place.home(path)) if all_ else [newest(place.home(path))]
     if not folders:
         raise CheckpointError(f"{path} holds no checkpoint.", "runs/NAME, a folder with step-* in it")
     rows, bad = [], 0
@@ -92,13 +93,14 @@ def export(
     max_file_gb: Annotated[float, typer.Option(help="cut the weights into files of at most this size")] = 5.0,
 ) -> None:
     """Write the weights for timm and others: model.safetensors, config.json, README.md."""
+    from tubelet.engine.checkpoint import place
     from tubelet.engine.checkpoint.export import export as write
     from tubelet.engine.checkpoint.folder import newest
 
     if to != "safetensors":
         raise CheckpointError(f"`--to {to}` is not a format that can be written; there is one: safetensors.",
                               "--to safetensors")
-    folder = newest(path)
+    folder = newest(place.home(path))
     if out.resolve() == folder.resolve():
         raise CheckpointError(f"{out} is the checkpoint itself.", "another folder for the export")
     write(folder, out, which=which, dtype=dtype, max_file_bytes=int(max_file_gb * 10**9))  # type: ignore[arg-type]
@@ -116,10 +118,11 @@ def diff(
 ) -> None:
     """What differs between two checkpoints. Exit code 0: the same state of training (settings and versions may differ);
     1: different; 2: an error."""
+    from tubelet.engine.checkpoint import place
     from tubelet.engine.checkpoint.diff import diff as compare
 
     try:
-        found = compare(a, b, top=top)
+        found = compare(place.home(a), place.home(b), top=top)
     except TubeletError as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_TROUBLE) from None
@@ -144,7 +147,7 @@ def prune(
     from tubelet.engine.checkpoint.folder import prunable
     from tubelet.engine.checkpoint.folder import prune as remove
 
-    run = place.place(path)
+    run = place.home(path)
     if not place.folders(run) and not run.is_dir():
         raise CheckpointError(f"{path} is not a run folder.", "runs/NAME")
     choose = prunable if dry_run else remove

@@ -75,7 +75,7 @@ class Engine(Protocol):
     model: nn.Module
     """What the objective calls; runs the engine's hooks, casts inputs, autocasts."""
     optimizer: torch.optim.Optimizer
-    """The torch optimizer over the flats. Groups carry `name`, `lr_scale`, `weight_decay`."""
+    """The torch optimizer over the flats. Groups carry `name` and `weight_decay`."""
     replicated: bool
     """True when every rank holds all flats (plain engine): a save then splits the writing over ranks."""
 
@@ -84,7 +84,7 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float) -> StepResult:
-        """Clip, then update with group lr = `lr * group["lr_scale"]`, unless the gradient is not finite on any rank."""
+        """Clip, then update at learning rate `lr` (times each parameter's own scale), unless the gradient is not finite on any rank."""
         ...
 
     def flats(self) -> list[Flat]:

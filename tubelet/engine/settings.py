@@ -18,9 +18,9 @@ class OptimizerSettings(Settings):
     lr: float = recorded(gt=0)
     """Peak learning rate; the schedule multiplies it."""
     betas: tuple[float, float] = recorded((0.9, 0.999))
-    """Adam's / Lion's averages."""
+    """Averages of AdamW, Adam, Lion and LAMB; Adafactor's momentum and the cap of its second average."""
     eps: float = recorded(1e-8, gt=0)
-    """Adam's denominator floor."""
+    """Floor of the denominator of AdamW, Adam and LAMB."""
     momentum: float = recorded(0.9, ge=0, lt=1)
     """SGD's momentum."""
     weight_decay: float = recorded(0.0, ge=0)

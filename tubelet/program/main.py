@@ -53,7 +53,7 @@ def run_program(name: str, what: str, cls: type[ProgramSettings], words: Sequenc
         except Exception as error:
             if isinstance(error, Stopped) and stop.starting and rank == 0:
                 print(f"{error.reason} while starting: leaving with exit code {error.code}", flush=True)
-            code = getattr(error, "code", None) or report(error, rank, folder)
+            code = getattr(error, "code", None) or report(dist.explain(error) or error, rank, folder)
             everywhere = hasattr(error, "code") or (dist.EXIT_DIR in os.environ and dist.all_failing())
         return _leave(code, everywhere)
 

@@ -20,7 +20,7 @@ from tubelet.config import Loaded
 from tubelet.engine.build import build_engine
 from tubelet.engine.checkpoint.folder import choose, published
 from tubelet.engine.checkpoint.format import read_manifest
-from tubelet.engine.checkpoint.place import place
+from tubelet.engine.checkpoint.place import home
 from tubelet.engine.guard import apply_jumps
 from tubelet.engine.keeper import target_of
 from tubelet.engine.optim import check_optimizer
@@ -178,7 +178,7 @@ def decide_beginning(settings: ProgramSettings, run: Run, micro_batch_size: int)
         raise CheckpointError(f"No checkpoint in {target} verifies:\n    " + "\n    ".join(notes),
                               f"`tubelet ckpt verify {target}`; or run.overwrite=true to begin anew (it is kept)")
     if settings.init.from_run:
-        other = place(settings.init.from_run)
+        other = home(settings.init.from_run)
         folder, notes = choose(other.parent if other.name.startswith("step-") else other,
                                           only=other if other.name.startswith("step-") else None)
         if folder is None:

@@ -11,7 +11,7 @@ from tubelet.engine.checkpoint.folder import choose, published, step_of
 from tubelet.engine.checkpoint.format import read_manifest
 from tubelet.engine.checkpoint.index import Index
 from tubelet.engine.checkpoint.load import assemble
-from tubelet.engine.checkpoint.place import place, sizes
+from tubelet.engine.checkpoint.place import home, sizes
 from tubelet.errors import CheckpointError, ConfigError
 from tubelet.models.build import build_model, model_cfg
 from tubelet.models.cost import input_shape
@@ -66,7 +66,7 @@ def checkpoint_folder(name: str) -> Path | None:
     """
     if name.startswith(("http://", "https://")) or name.partition(":")[0] in ("made-up", "timm"):
         return None
-    path = place(name)
+    path = home(name)
     step = step_of(path) >= 0 and bool(sizes(path))
     if not step and not published(path):
         return None

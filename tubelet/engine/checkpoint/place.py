@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from tubelet import files
-from tubelet.errors import CheckpointError, ConfigError, nearest
+from tubelet.errors import CheckpointError, ConfigError, TubeletError, nearest
 from tubelet.redact import redact
 
 T = TypeVar("T")
@@ -68,6 +68,22 @@ def place(url: str | Path, storage: Mapping[str, Any] | None = None) -> Path:
         raise ConfigError(f"{redact(text)} cannot be used: {str(error).rstrip('.')}.",
                           f"{close[0]}://..." if close else "s3://bucket/runs/x, gs://bucket/runs/x, or a folder") from None
     return found  # type: ignore[return-value]
+
+
+def home(named: str | Path) -> Path:
+    """Where the step folders lie that a user means by a name: the name itself, or, for the folder of a run that keeps its
+    checkpoints elsewhere (`checkpoint.dir` in its config.yaml), that place. Not for the folders of a job in progress."""
+    path = place(named)
+    config = path / "config.yaml"
+    if is_remote(path) or not config.is_file():
+        return path
+    from tubelet.config import read_yaml  # not above: the writing process takes this file alone
+
+    try:
+        settings = read_yaml(config).get("checkpoint") or {}
+    except TubeletError:
+        return path  # a file that some other program calls so
+    return place(settings["dir"], settings.get("storage")) if settings.get("dir") else path
 
 
 def _options(protocol: str, storage: Mapping[str, Any]) -> dict[str, Any]:
