@@ -199,6 +199,24 @@ def test_an_error_of_the_writer_says_what_a_synchronous_save_would_say(tmp_path,
     assert names(tmp_path) == ["step-00000001"]
 
 
+def test_a_process_with_thousands_of_open_files_hears_its_writer(tmp_path, closing):
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert hard > 1200, "open files that this host allows"
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))
+    many = [os.open(os.devnull, os.O_RDONLY) for _ in range(1100 - len(os.listdir("/proc/self/fd")))]
+    try:
+        save = closing(tmp_path, engine().train_a_little(1))
+        save.start(1, None, {})
+        assert save._writer.process.stdout.fileno() > 1023
+        save.ready()
+        assert checkpoint.verify(save.finish()) == []
+    finally:
+        for handle in many:
+            os.close(handle)
+        save.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def test_without_memory_for_a_copy_it_says_so_once_and_saves_synchronously(tmp_path, closing, monkeypatch, capfd):
     written = engine().train_a_little(1)
     save = closing(tmp_path, written)

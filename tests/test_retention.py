@@ -7,6 +7,7 @@ from test_checkpoint_damage import cut, save_steps
 
 from tubelet.dist import World
 from tubelet.engine import checkpoint
+from tubelet.engine.checkpoint import folder as folders
 from tubelet.engine.checkpoint import verifying
 from tubelet.engine.checkpoint.folder import prunable, read_best, set_rolled_back, write_best
 from tubelet.errors import CheckpointError, SupersededError
@@ -92,6 +93,19 @@ def test_a_record_of_the_best_is_a_hint_and_never_believed(run):
     assert (read_best(run) or {})["value"] == 0.5
     set_rolled_back(run, 2)
     assert read_best(run) is None, "it was rolled back"
+
+
+def test_one_that_cannot_be_removed_is_said_once_and_stops_nothing(run, monkeypatch, capfd):
+    def locked(folder, remove=folders.remove):
+        if folder.name == "step-00000002":
+            raise PermissionError(1, "Operation not permitted")
+        remove(folder)
+
+    monkeypatch.setattr(folders, "remove", locked)
+    assert steps(checkpoint.prune(run, keep_last=3)) == [1, 3, 4, 5]
+    assert checkpoint.prune(run, keep_last=2) == [run / "step-00000006"] and left(run) == [2, 7, 8]
+    told = capfd.readouterr().out
+    assert told.count("step-00000002 could not be removed and stays") == 1 and "Operation not permitted" in told
 
 
 def test_what_is_rolled_back_is_never_resumed_and_goes_when_two_newer_ones_are_whole(run):

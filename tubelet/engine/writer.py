@@ -109,10 +109,11 @@ def main() -> None:
     if os.getppid() != parent:
         return  # it was gone before we asked to die with it
     os.nice(5)  # training comes first
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what a store's driver prints is no answer
     for line in sys.stdin.buffer:
-        answer = work(json.loads(line), memory)
-        sys.stdout.write(json.dumps(answer) + "\n")
-        sys.stdout.flush()
+        answers.write(json.dumps(work(json.loads(line), memory)) + "\n")
+        answers.flush()
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ __all__ = ["bring_back", "choose", "drop_aside", "make_room", "mark_written", "n
 BEST = "best.json"
 _REPLACED, _ROLLED_BACK = "replaced-", "rolled-back-"
 _AWAY = re.compile(rf"(?:{_REPLACED}|{_ROLLED_BACK})(step-\d+)(?:-\d+)?")
+_stays: set[str] = set()  # what could not be removed, and that was said
 
 
 def prunable(run: str | Path, *, keep_last: int, keep_every: int | None = None, keep_milestones: int | None = None,
@@ -69,18 +70,32 @@ def prune(run: str | Path, *, keep_last: int, keep_every: int | None = None, kee
 
     Kept are the `keep_last` newest that verify; of those whose step is a multiple of `keep_every` the `keep_milestones`
     newest that verify (None = all, unread); the best one (`write_best`); those in `protect`. Nothing is removed unless a
-    newer checkpoint verifies. `before_delete` runs before each removal and may raise (the check that this attempt still
-    owns the run).
+    newer checkpoint verifies; what cannot be removed is said once and stays. `before_delete` runs before each removal and
+    may raise (the check that this attempt still owns the run).
     """
     run = place.place(run)
-    removed = prunable(run, keep_last=keep_last, keep_every=keep_every, keep_milestones=keep_milestones, protect=protect)
-    for folder in removed:
+    found = prunable(run, keep_last=keep_last, keep_every=keep_every, keep_milestones=keep_milestones, protect=protect)
+    removed = []
+    for folder in found:
         if before_delete is not None:
             before_delete()
-        remove(folder)
+        try:
+            remove(folder)
+        except (OSError, CheckpointError) as error:
+            _say_stays(folder, error)
+        else:
+            removed.append(folder)
     if removed:
         place.fsync_dir(run)
     return removed
+
+
+def _say_stays(folder: Path, error: Exception) -> None:
+    """Somebody may have locked an old checkpoint to keep it: no reason to stop a run."""
+    if place.key(folder) not in _stays:
+        _stays.add(place.key(folder))
+        print(f"warning: {folder} could not be removed and stays ({getattr(error, 'problem', error)}). Try: remove it by "
+              "hand, or leave it", flush=True)
 
 
 def _milestones(finished: list[Path], every: int | None, count: int | None, needed: bool) -> list[Path]:

@@ -178,7 +178,7 @@ class Saver:
     # ------------------------------------------------------------------------------------------- writing
 
     def _prepare(self, saving: _Save) -> None:
-        place.make_folder(self.target)  # every rank: it asks below for the space there, perhaps before rank 0 is here
+        place.make_folder(self.target)
         if self.engine.world.rank == 0:
             if self.before_commit is not None:
                 self.before_commit()
@@ -187,16 +187,16 @@ class Saver:
                 folders.make_room(self.target, saving.folder)
             else:
                 saving.folder.mkdir()  # its name is made durable when it is published
-        _check_space(self.target, saving.needed)
+            _check_space(self.target, saving.needed)  # here alone: another rank would count what rank 0 is removing
 
     def _reserve(self, count: int) -> bool:
         """Room for the copy; False when there is not enough memory."""
-        if self._staging is None:
-            self._staging = Staging(self.engine.device, sharers=max(1, self.engine.world.local_size))
-            self._writer = Writer(self._staging)
         try:
+            if self._staging is None:
+                self._staging = Staging(self.engine.device, sharers=max(1, self.engine.world.local_size))
+                self._writer = Writer(self._staging)
             self._staging.reserve(count)
-        except MemoryError:
+        except (MemoryError, OSError):  # a kernel or a container without memfd
             return False
         return True
 

@@ -29,6 +29,7 @@ from tubelet.engine.checkpoint.tensors import Entry, image
 
 _PAGE = 4096
 _VIEWS = 100_000  # remembered at most
+_KILL_SECONDS = 10.0  # for a process to end that was killed
 _SPARE = 1.02  # a little more than asked for, so that a longer header does not make the buffer grow
 
 
@@ -235,7 +236,9 @@ class Writer:
         process = self.process
         assert process is not None and process.stdout is not None, "no job was handed over"
         ended = process.poll() is not None  # asked before reading: what it said before it went still counts
-        select.select([process.stdout], [], [], 0 if ended else seconds)
+        poll = select.poll()  # not `select`: that ends at handle 1023, and a rank of thousands has more of them
+        poll.register(process.stdout, select.POLLIN)
+        poll.poll(0 if ended else 1000 * seconds)
         data = process.stdout.read()
         self._heard += data or b""
         line, newline, rest = self._heard.partition(b"\n")
@@ -252,7 +255,10 @@ class Writer:
         if process is None:
             return
         process.kill()
-        process.wait()
+        try:
+            process.wait(_KILL_SECONDS)
+        except subprocess.TimeoutExpired:
+            pass  # it waits for a disk that does not answer, where no signal reaches it; nobody publishes what it writes
         for pipe in (process.stdin, process.stdout):
             try:
                 if pipe is not None:
