@@ -9,7 +9,7 @@ from little_run import G, Numbers, Objective, little_trainer, weights
 from programs import rows
 
 from tubelet import dist
-from tubelet.engine.checkpoint.folder import published
+from tubelet.engine.checkpoint.folder import published, read_best, write_best
 from tubelet.engine.checkpoint.load import assemble, read_manifest
 from tubelet.engine.trainer import Beginning, Stopped, TrainState
 from tubelet.errors import DataError
@@ -94,3 +94,21 @@ def test_a_signal_saves_at_the_next_boundary_and_stops(trainer, tmp_path):
         running.fit()
     assert caught.value.code == 85 and running.state.step == 3
     assert published(tmp_path / "signalled")[-1].name == "step-00000003"
+
+
+def test_the_best_checkpoint_is_known_again_after_a_kill_and_after_going_back(trainer):
+    run = trainer(save_every=2, keep_last=5, ema=None, checkpoint={"asynchronous": False})
+    run.fit()
+    keeper, state = run.keeper, run.state
+    keeper._best = {"metric": "val/acc1", "value": 0.5, "step": 2}
+    keeper._tidy()  # a kill came between the checkpoint of step 2 and the record
+    assert (read_best(keeper.target) or {})["step"] == 2
+    write_best(keeper.target, keeper.target / "step-00000006", "val/acc1", 0.7)
+    state.step, state.best = 4, {"metric": "val/acc1", "value": 0.5, "step": 2}
+    keeper.went_back(state)
+    assert state.best["step"] == 2 and read_best(keeper.target) is None
+    keeper._tidy()
+    assert (read_best(keeper.target) or {})["step"] == 2, "the record named the one that is set aside now"
+    state.best = {"metric": "val/acc1", "value": 0.6, "step": 3}
+    keeper.went_back(state)
+    assert state.best == {}, "its checkpoint was pruned, so the next evaluation is the best"

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from tubelet import dist
-from tubelet.engine.checkpoint.folder import choose, prune, set_rolled_back, step_of, write_best
+from tubelet.engine.checkpoint.folder import choose, prune, read_best, set_rolled_back, step_of, write_best
 from tubelet.engine.checkpoint.format import folder_name, read_manifest
 from tubelet.engine.checkpoint.place import place
 from tubelet.engine.checkpoint.save import Saver
+from tubelet.engine.checkpoint.verifying import is_published
 from tubelet.engine.protocol import Engine
 from tubelet.engine.settings import EngineSettings
 from tubelet.engine.state import TrainState
@@ -34,7 +35,8 @@ class Keeper:
         self.run, self.settings, self.engine, self.manifest = run, settings, engine, manifest
         self.target = target_of(settings, run)
         self.saver = Saver(self.target, engine, settings.checkpoint, before_commit=run.check_current,
-                           attempt=run.attempt.number if run.attempt else 0, timeout_seconds=settings.save_timeout_seconds)
+                           attempt=run.attempt.number if run.attempt else 0,
+                           timeout_seconds=0.8 * settings.save_timeout_seconds)  # before the other ranks give up
         self.saved_step = -1
         self.saved_at = time.monotonic()
         self.longest_seconds = 0.0
@@ -52,6 +54,12 @@ class Keeper:
         self.saved_step, self.saved_at, self._best = state.step, time.monotonic(), dict(state.best)
         if self.saver.in_flight is None:
             self._published()
+
+    def name_best(self, state: TrainState) -> None:
+        """The checkpoint of this step, begun before it was evaluated, is the best one."""
+        self._best = dict(state.best)
+        if self.saver.in_flight is None:
+            dist.together(self._tidy)
 
     def ready(self) -> bool:
         """This rank's files are written. No communication."""
@@ -74,8 +82,14 @@ class Keeper:
         if self.engine.world.rank != 0:
             return
         best, settings = self._best, self.settings
-        if best and best["step"] == self.saved_step:
-            write_best(self.target, self.target / folder_name(self.saved_step), best["metric"], best["value"])
+        recorded = read_best(self.target) or {}
+        if best and any(recorded.get(key) != best[key] for key in best):  # or a kill, or going back, came in between
+            folder = self.target / folder_name(best["step"])
+            try:
+                write_best(self.target, folder, best["metric"], best["value"])
+            except CheckpointError:
+                if best["step"] == self.saved_step:
+                    raise
         prune(self.target, keep_last=settings.keep_last, keep_every=settings.keep_every,
               keep_milestones=settings.keep_milestones, before_delete=self.run.check_current)
 
@@ -99,7 +113,14 @@ class Keeper:
             return [f"step {step_of(path)}" if step_of(path) >= 0 else path.name
                     for path in set_rolled_back(self.target, state.step)]
 
-        return dist.together(rename)
+        def best_is_gone() -> bool:
+            best = state.best if self.engine.world.rank == 0 else {}
+            return bool(best) and not is_published(self.target / folder_name(best["step"]))
+
+        aside = dist.together(rename)
+        if dist.broadcast(dist.together(best_is_gone)):
+            state.best = {}  # pruned for the sake of one that is set aside now: the next evaluation is the best
+        return aside
 
     def close(self) -> None:
         """End the writer; what is not published by now never is."""
