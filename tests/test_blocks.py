@@ -11,7 +11,7 @@ from test_models_sweep import STRUCTURES, cut
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from tubelet.engine.blocks import apply_activation_checkpointing, apply_compile, blocks_of
+from tubelet.engine.blocks import _compiled, apply_activation_checkpointing, apply_compile, blocks_of
 from tubelet.engine.settings import ActivationCheckpointing, CompileSettings, EngineSettings
 from tubelet.errors import ConfigError
 
@@ -274,3 +274,15 @@ def test_inductor_draws_the_same_drop_path(recompute, one_thread):
     model.zero_grad()
     again = train_once(model, pixels)
     assert torch.equal(again[0][0], found[0][0])
+
+
+def test_a_torch_without_a_limit_for_each_compilation_gets_the_common_one(monkeypatch):
+    import torch._dynamo.config as config
+
+    def before_2_13(model, *, backend, dynamic, options=None):
+        return model, backend, dynamic
+
+    monkeypatch.setattr(config, "recompile_limit", 8)
+    monkeypatch.setattr(torch, "compile", before_2_13)
+    assert _compiled(len, "aot_eager", "default", 40) == (len, "aot_eager", False) and config.recompile_limit == 40
+    assert _compiled(len, "inductor", "default", 30)[1] == "inductor" and config.recompile_limit == 40

@@ -56,6 +56,12 @@ def test_sizes_follow_from_the_model(name, numel, block, expected):
     assert own["zero_optimization"]["stage3_prefetch_bucket_size"] == block, "the user's key alone is changed"
 
 
+@pytest.mark.parametrize(("key", "value"), [("zero_optimization", None), ("data_types", [])])
+def test_a_section_that_is_no_mapping_is_said(key, value):
+    with pytest.raises(ConfigError, match=f"`{key}` = .* is no mapping"):
+        derive(settings(2, config={key: value}), "fp32", world_size=1, micro_batch_size=8, accumulation=1, numel=1000)
+
+
 class Block(nn.Module):
     def __init__(self, width):
         super().__init__()

@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -177,9 +179,14 @@ class _Compiled:
 
 def _compiled(forward: Callable[..., Any], backend: str, mode: str, limit: int) -> Callable[..., Any]:
     compiler: Callable[..., Any] = torch.compile
+    if "recompile_limit" in inspect.signature(torch.compile).parameters:
+        compiler = functools.partial(compiler, recompile_limit=limit)
+    else:  # torch before 2.13 has one limit for all that is compiled
+        config: Any = importlib.import_module("torch._dynamo.config")
+        config.recompile_limit = max(config.recompile_limit, limit)
     if backend != "inductor":
-        return compiler(forward, backend=backend, dynamic=False, recompile_limit=limit)
+        return compiler(forward, backend=backend, dynamic=False)
     from torch._inductor import list_mode_options
 
     options = {**list_mode_options(mode), "fallback_random": True}
-    return compiler(forward, backend=backend, dynamic=False, recompile_limit=limit, options=options)
+    return compiler(forward, backend=backend, dynamic=False, options=options)

@@ -161,7 +161,9 @@ def read_user_config(settings: EngineSettings) -> dict[str, Any]:
 def check_user_config(user: dict[str, Any], problems: Problems) -> None:
     """Add a problem for every key of `zero.config` that is owned by us, not offered, or unknown."""
     for key, value in _leaves(user):
-        if key == "optimizer" and isinstance(value, dict) and str(value.get("type", "")).lower() == "muon":
+        if key in ("zero_optimization", "data_types"):
+            problems.add(f"zero.config: `{key}` = {value!r} is no mapping.", f"`{key}: {{...}}`, or remove the key")
+        elif key == "optimizer" and isinstance(value, dict) and str(value.get("type", "")).lower() == "muon":
             problems.add("zero.config: Muon is not offered: its momentum cannot be resumed at another stage or world size.",
                          "optimizer.name=adamw")
         elif key in OWNED:
