@@ -199,7 +199,9 @@ def test_an_error_of_the_writer_says_what_a_synchronous_save_would_say(tmp_path,
     assert names(tmp_path) == ["step-00000001"]
 
 
-def test_a_process_with_thousands_of_open_files_hears_its_writer(tmp_path, closing):
+def test_a_process_with_thousands_of_open_files_hears_its_writer(tmp_path, closing, monkeypatch):
+    (tmp_path / "sitecustomize.py").write_text("print('welcome to the cluster')")  # which is no answer
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert hard > 1200, "open files that this host allows"
     resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1200), hard))

@@ -17,6 +17,11 @@ EXIT_PREEMPTED = 85  # saved, restart me
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells have it
 EXIT_SUPERSEDED = 86  # a newer attempt owns this run folder
 
+BEGUN = "tubelet_run_begun"
+"""Attribute of an error: True when the run folder was claimed before, so that its logs are this start's."""
+OWN = "tubelet_own_error"
+"""Attribute of an error: True when one rank may have it alone, with no log to write it to yet."""
+
 
 class TubeletError(Exception):
     """A problem a user can act on. `problem` says what, by which rule, with which values; `hint` what to do next."""

@@ -163,9 +163,10 @@ def _forget_upload(file: Any) -> None:
     """Give up a half-written object: closing it would publish what is there."""
     try:
         file.discard()
-    except (AttributeError, RuntimeError):
-        pass  # a store that writes at closing time only
-    file.closed = True
+    except Exception:
+        pass  # a store that writes at closing time only, or one that does not answer
+    finally:
+        file.closed = True  # or the garbage collector would close it
 
 
 def begin_writing(handle: int, start: int, count: int) -> None:

@@ -209,13 +209,22 @@ class Run:
         if self.attempt is None:
             return
         record = {"how": how, "code": code, "time": time.time(), **details}
-        files.write_json(self.folder / "attempts" / f"{self.attempt.number:04d}.end.json", record)
+        path = self.folder / "attempts" / f"{self.attempt.number:04d}.end.json"
+        try:
+            files.write_json(path, record)
+        except OSError as error:  # a full disk must not hide why the run ends, nor change its exit code
+            print(f"warning: {path} could not be written: {error.strerror or error}", flush=True)
         self.event("end", attempt=self.attempt.number, how=how, code=code, **details)
 
     def event(self, kind: str, **details: Any) -> None:
-        """Append one line to `events.jsonl`."""
+        """Append one line to `events.jsonl`; it is printed instead when the disk takes no more."""
         stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        files.append_jsonl(self.folder / "events.jsonl", [{"event": kind, "at": stamp, **details}])
+        row = {"event": kind, "at": stamp, **details}
+        try:
+            files.append_jsonl(self.folder / "events.jsonl", [row])
+        except OSError as error:  # no reason to end a job, which one rank's error would
+            print(f"warning: events.jsonl could not be written ({error.strerror or error}): "
+                  f"{json.dumps(row, default=str)}", flush=True)
 
 
 def check_changes(cls: type[Settings], saved: dict, now: dict, run: str) -> list[Difference]:

@@ -63,6 +63,10 @@ class Phases:
         self.finished += 1
         self.moved_at = self.clock()
 
+    def goes_on(self, step: int) -> None:
+        """The job goes on from `step`, which another has finished; it has not done one itself, so it is still starting."""
+        self.step, self.moved_at = step, self.clock()
+
     def seconds(self) -> dict[str, float]:
         """Seconds since the start by phase, the running one included; they add up to the time that has passed."""
         found = dict(self._seconds)

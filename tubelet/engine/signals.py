@@ -72,6 +72,7 @@ class StopFlag:
         self._interrupted_at = -1e9
         self._before: dict[int, object] = {}
         self._thread: threading.Thread | None = None
+        self._over = False
 
     # --------------------------------------------------------------------------------- what the program calls
 
@@ -122,8 +123,13 @@ class StopFlag:
             # Once asked, late signals must not spoil the exit code of a process that is about to end.
             signal.signal(number, signal.SIG_IGN if self.code else handler)  # type: ignore[arg-type]
         signal.set_wakeup_fd(self._wakeup_before, warn_on_full_buffer=False)
-        self._writes.close()
+        self._over = True  # said, not shown by closing the socket: a forked worker that still lives has its other end too
+        try:
+            self._writes.send(b"\0")
+        except BlockingIOError:
+            pass  # full: it is awake
         thread.join()
+        self._writes.close()
         self._reads.close()
 
     def _forked(self) -> None:
@@ -157,7 +163,7 @@ class StopFlag:
                 arrived = self._reads.recv(4096)
             except BlockingIOError:
                 arrived = b"\0"
-            if not arrived:  # closed by __exit__
+            if self._over:
                 return
             for number in arrived:
                 if number in WATCHED:

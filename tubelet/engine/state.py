@@ -24,6 +24,8 @@ class TrainState:
     """Times the run went back and has not saved anything beyond the trouble since."""
     trouble_step: int = -1
     """The step whose trouble it last went back for."""
+    evaluated_step: int = field(default=-1, compare=False)
+    """The step of the newest evaluation; -1 before the first."""
     best: dict[str, Any] = field(default_factory=dict)
     """The best evaluation so far: {"metric", "value", "step"}; {} before the first and without `checkpoint.best`."""
 

@@ -36,7 +36,7 @@ from tubelet.engine.state import Beginning, TrainState
 from tubelet.engine.trackers import Trackers
 from tubelet.engine.view import View
 from tubelet.engine.watchdog import Watchdog
-from tubelet.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, RunError, TubeletError
+from tubelet.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, DataError, RunError, TubeletError
 from tubelet.runs import Run
 from tubelet.seeding import hash_seed
 
@@ -77,14 +77,14 @@ class Trainer:
         self.deadline = Deadline(settings, speaks=world.speaks)
         self.view = View(settings, run=run, world=world, engine=engine, phases=self.phases, total_steps=total_steps,
                          flops_per_sample=flops_per_sample, manifest=manifest, clips=len(input_shape) == 4)
-        self.trouble: TubeletError | None = None
-        self.evaluated_step = -1
+        self.trouble: Exception | None = None
         self.results: dict[str, float] = {}
 
     def fit(self) -> dict[str, float]:
         """Train until `total_steps`; returns the last evaluation. All ranks call it. Raises `Stopped` on a signal."""
         settings, state = self.settings, self.state
         with self.watched() as stop:
+            self.stop = stop
             self.begin()
             self.rehearse()
             self.open()
@@ -98,9 +98,9 @@ class Trainer:
                     continue
                 if verdict.publish:
                     self.publish()
-                if self.due(settings.eval_every):
-                    self.evaluate()
-                if verdict.save or verdict.leave or self.due(settings.save_every):
+                if self.due(settings.eval_every) and not verdict.leave and not self.evaluate():
+                    verdict = self.agree(stop)  # it was given up, because somebody asked to leave meanwhile
+                if verdict.leave or self.due(settings.save_every) or verdict.save and state.step < self.total_steps:
                     self.save()
                 if verdict.leave:
                     self.leave(verdict)
@@ -130,7 +130,7 @@ class Trainer:
                 restored.show(self.beginning.kind, self.beginning.folder, counts)
                 self.run.event(self.beginning.kind, folder=str(self.beginning.folder), **counts)
         if self.beginning.kind == "resume":
-            self.keeper.saved_step = self.evaluated_step = self.state.step
+            self.keeper.saved_step = self.state.step
 
     def rehearse(self) -> None:
         """One forward pass on zeros, so that shape errors and out-of-memory show before the first batch is read."""
@@ -151,7 +151,7 @@ class Trainer:
             print(note, flush=True)
         self.digest = DigestFile(self.run.folder, self.state.step, self.world.speaks) if self.settings.digest else None
         self.stream = self.loader.batches(self.state.seen)
-        self.phases.moved(self.state.step)
+        self.phases.goes_on(self.state.step)
 
     def fetch(self) -> list[Batch]:
         """This rank's n micro-batches of the next step. A reader's failure is kept for `agree`, so that no rank hangs."""
@@ -160,7 +160,7 @@ class Trainer:
         with self.phases("data"):
             try:
                 return [next(self.stream) for _ in range(self.accumulation)]
-            except TubeletError as error:
+            except Exception as error:  # whatever it is: the others must hear of it, and what was trained is saved
                 self.trouble = error
                 return []
 
@@ -168,8 +168,7 @@ class Trainer:
         """What to do at this boundary, equal on all ranks: the one collective that a step costs beside training."""
         loss = self.probe.read() if self.last_applied is not None else 0.0
         bad, minutes = not math.isfinite(loss), self.settings.save_every_minutes
-        speaks = self.world.speaks
-        late = speaks and self.deadline.due(self.keeper.longest_seconds, self.view.step_seconds)
+        speaks, late = self.world.speaks, self.late()
         old = speaks and bool(minutes) and time.monotonic() - self.keeper.saved_at > 60 * (minutes or 0)
         asked, interrupted, failed, late, old, ready, nonfinite, total = dist.sums([
             float(stop.code == EXIT_PREEMPTED), float(stop.code == EXIT_INTERRUPTED), float(self.trouble is not None),
@@ -186,6 +185,10 @@ class Trainer:
             verdict.leave = EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
             verdict.reason = stop.reason or ("a signal on another rank" if asked or interrupted else self.deadline.reason)
         return verdict
+
+    def late(self) -> bool:
+        """On the rank that speaks: whether the job ends so soon that it is time to save and leave."""
+        return self.world.speaks and self.deadline.due(self.keeper.longest_seconds, self.view.step_seconds)
 
     last_applied: bool | None = None  # of the step that `agree` has not judged yet
 
@@ -206,8 +209,8 @@ class Trainer:
                 self.view.meter.add(output)
                 self.losses.append(output["loss"].detach())
             self.lr = learning_rate(self.state.step, self.settings.schedule, self.settings.optimizer.lr, self.total_steps)
+            self.probe.put(self.losses)  # before the step, which waits for the gradient norm: reading it then costs no wait
             result = self.engine.step(self.lr)
-        self.probe.put(self.losses)
         return result
 
     def advance(self, batches: Sequence[Batch], result: StepResult) -> None:
@@ -266,19 +269,24 @@ class Trainer:
                 setattr(state, name, value)
             state.seen, state.rollbacks, state.trouble_step = jump["to"], rollbacks, trouble
             state.jumps = [*found.jumps, jump]
-            if self.world.speaks:
-                record_jump(self.run.folder, {**jump, "rollbacks": rollbacks, "trouble_step": trouble, "reason": reason})
+            told = {**jump, "rollbacks": rollbacks, "trouble_step": trouble, "reason": reason}
+            dist.together(lambda: self.keep_jump(told))
             aside = self.keeper.went_back(state)
         if self.world.speaks:
             self.run.event("rollback", reason=reason, folder=str(folder), steps_lost=lost, set_aside=aside, **jump)
             self.view.console.say(f"warning: {reason}. Back to step {state.step} ({folder.name}); samples {jump['seen']} to "
                                   f"{jump['to']} are left out, {lost} steps are lost")
-        self.evaluated_step, self.last_applied = state.step, None
+        self.last_applied = None
         self.guard.reset()
         self.view.rewind(step, state.step)
         if self.digest:
             self.digest = DigestFile(self.run.folder, state.step, self.world.speaks)
         self.stream = self.loader.batches(state.seen)
+
+    def keep_jump(self, jump: dict[str, Any]) -> None:
+        if self.world.speaks:
+            self.run.check_current()  # the job that has taken over must not jump for our sake
+            record_jump(self.run.folder, jump)
 
     def log(self, result: StepResult) -> None:
         """Scalars and a console line (all ranks participate: sums over ranks, and the bad-sample budget)."""
@@ -293,26 +301,42 @@ class Trainer:
         """Whether something that happens every so many steps happens now; at the end `finish` does everything."""
         return bool(every) and 0 < self.state.step < self.total_steps and self.state.step % (every or 1) == 0
 
-    def evaluate(self) -> None:
-        """All validation sets, with the weights and with their average (all ranks participate)."""
-        if self.evaluated_step == self.state.step:
-            return
+    def evaluate(self) -> bool:
+        """All validation sets, with the weights and with their average (all ranks participate). False: given up on all
+        ranks, because one was asked to leave or the job ends; a job that goes on from this step evaluates anew."""
+        if self.state.evaluated_step == self.state.step:
+            return True
         with self.phases("evaluate"), dist.patience("evaluate"):
-            results = self.evaluate_weights("val")
-            if self.ema:
-                with self.ema.swapped():
-                    results |= self.evaluate_weights("val_ema")
-            if self.on_eval:
+            try:
+                results = self.evaluate_both()
+            except DataError:  # on all ranks alike: the validation set is to blame, not what was trained
+                self.keep_all()
+                raise
+            if self.on_eval and results is not None:
                 self.on_eval(self.engine.model, self.state.step, self.view.trackers)
-        self.evaluated_step, self.results = self.state.step, results
+        if results is None:
+            return False
+        self.state.evaluated_step, self.results = self.state.step, results
         self.view.evaluated(self.state, results)
         self.remember_best(results)
+        return True
 
-    def evaluate_weights(self, prefix: str) -> dict[str, float]:
+    def evaluate_both(self) -> dict[str, float] | None:
+        results = self.evaluate_weights("val")
+        if results is None or not self.ema:
+            return results
+        with self.ema.swapped():
+            average = self.evaluate_weights("val_ema")
+        return None if average is None else results | average
+
+    def evaluate_weights(self, prefix: str) -> dict[str, float] | None:
         results = {}
         for loader in self.eval_loaders:
             group = prefix if len(self.eval_loaders) == 1 else f"{prefix}/{loader.name}"
-            found = evaluate(self.engine, self.objective, loader)
+            found = evaluate(self.engine, self.objective, loader,
+                             asked=lambda: bool(self.stop and self.stop.code) or self.late())
+            if found is None:
+                return None
             results |= {f"{group}/{name}": value for name, value in found.items()}
         return results
 
@@ -322,14 +346,19 @@ class Trainer:
         if wanted is None or not results:
             return
         if wanted.metric not in results:
+            self.keep_all()  # the name was wrong, not what was trained
             raise RunError(f"`checkpoint.best.metric` is {wanted.metric!r}, but the evaluation gives {', '.join(results)}.",
                            f"checkpoint.best.metric={next(iter(results))}")
         value = results[wanted.metric]
+        if not math.isfinite(value):
+            return  # nothing would ever be better
         if best and best.get("metric") == wanted.metric:
             better = value > best["value"] if wanted.mode == "max" else value < best["value"]
             if not better:
                 return
         self.state.best = {"metric": wanted.metric, "value": value, "step": self.state.step}
+        if self.keeper.saved_step == self.state.step:  # by a job that left before it could evaluate
+            self.keeper.name_best(self.state)
         self.save()
 
     def save(self) -> None:
@@ -370,8 +399,10 @@ class Trainer:
 
     def finish(self) -> None:
         """The last evaluation and checkpoint."""
-        self.evaluate()
+        done = self.evaluate()
         self.keep_all()
+        if not done and self.stop:
+            self.leave(self.agree(self.stop))
         told = self.loader.summary()
         if told:
             self.view.console.say(told)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from tubelet import dist, files
 from tubelet.engine.signals import StopFlag, Stopped, rank_of_environment, tell_launcher
-from tubelet.errors import EXIT_ERROR, ConfigError, Problems, TubeletError
+from tubelet.errors import BEGUN, EXIT_ERROR, OWN, ConfigError, Problems, TubeletError
 from tubelet.program.settings import ProgramSettings, help_text, load_command, parse_command
 
 
@@ -53,17 +53,24 @@ def run_program(name: str, what: str, cls: type[ProgramSettings], words: Sequenc
         except Exception as error:
             if isinstance(error, Stopped) and stop.starting and rank == 0:
                 print(f"{error.reason} while starting: leaving with exit code {error.code}", flush=True)
-            code = getattr(error, "code", None) or report(dist.explain(error) or error, rank, folder)
-            everywhere = hasattr(error, "code") or (dist.EXIT_DIR in os.environ and dist.all_failing())
+            code = error.code if isinstance(error, Stopped) else report(
+                dist.explain(error) or error, rank, folder if getattr(error, BEGUN, False) else None,
+                own=getattr(error, OWN, False))
+            everywhere = isinstance(error, Stopped) or (dist.EXIT_DIR in os.environ and dist.all_failing())
         return _leave(code, everywhere)
 
 
-def report(error: Exception, rank: int, folder: Path | None) -> int:
-    """Write this rank's error to its log and print it if it is the first of this start. Returns the exit code."""
+def report(error: Exception, rank: int, folder: Path | None, own: bool = False) -> int:
+    """Write this rank's error to its log and print it if it is the first of this start. Returns the exit code.
+
+    `folder`: the run's, None before this start has claimed it (the logs there are then of another start, and its first
+    error too). Errors before that are the same on all ranks and rank 0 speaks, but for those that are this rank's `own` and
+    those that nobody foresaw.
+    """
     known = isinstance(error, TubeletError)
     text = f"error: {error}" if known else "".join(traceback.format_exception(error)).rstrip()
     where = f"[rank {rank} on {socket.gethostname()}]"
-    first = rank == 0
+    first = rank == 0 or own or not known
     logs = folder / "logs" if folder else None
     if logs and logs.is_dir():
         try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,10 +26,10 @@ from tubelet.engine.keeper import target_of
 from tubelet.engine.optim import check_optimizer
 from tubelet.engine.phases import Phases
 from tubelet.engine.schedule import check_schedule
-from tubelet.engine.signals import StopFlag
+from tubelet.engine.signals import StopFlag, Stopped
 from tubelet.engine.trackers import check as check_trackers
 from tubelet.engine.trainer import Beginning, Trainer, TrainState
-from tubelet.errors import CheckpointError, ConfigError, Problems, RunError
+from tubelet.errors import BEGUN, OWN, CheckpointError, ConfigError, Problems, RunError
 from tubelet.models.build import build_model, hub_config, model_cfg, set_picture_cfg
 from tubelet.models.cost import flops_per_sample_training, input_shape
 from tubelet.objectives.classification import Classification
@@ -45,15 +45,21 @@ def train(loaded: Loaded[P], world: dist.World, stop: StopFlag) -> dict[str, flo
     micro_batch_size = check(settings, world)
     said = redact(loaded.as_yaml())  # URLs of shards may be signed; what is printed and saved is read by others
     run = Run(settings.run)
-    device = dist.start(world, settings.timeout_seconds, save_timeout_seconds=settings.save_timeout_seconds,
-                        eval_timeout_seconds=settings.eval_timeout_seconds)
+    try:
+        device = dist.start(world, settings.timeout_seconds, save_timeout_seconds=settings.save_timeout_seconds,
+                            eval_timeout_seconds=settings.eval_timeout_seconds)
+    except Exception as error:
+        setattr(error, OWN, True)
+        raise
     quiet()
+    begun = False
     try:
         if settings.deterministic:
             make_deterministic()
         stop.raise_if_asked(together=True)  # before this start is written down as an attempt
         dist.together(lambda: run.begin(world.size, said, lambda: checkpoints_elsewhere(settings, run))
                       if world.speaks else None)
+        begun = True
         if world.speaks:
             print(f"# {run.folder}, attempt {run.attempt.number if run.attempt else 0}, {world.size} process(es) on "
                   f"{device.type}, micro batch {micro_batch_size} x "
@@ -84,7 +90,8 @@ def train(loaded: Loaded[P], world: dist.World, stop: StopFlag) -> dict[str, flo
                       "data": {"fingerprint": data.train.fingerprint, "recorded": data.train.recorded_state()}})
         return trainer.fit()
     except Exception as error:
-        if world.speaks and run.attempt is not None and not hasattr(error, "code"):
+        setattr(error, BEGUN, begun)
+        if world.speaks and run.attempt is not None and not isinstance(error, Stopped):
             run.end("failed", getattr(error, "exit_code", 1), error=redact(f"{type(error).__name__}: {error}")[:2000])
         raise
 
@@ -185,7 +192,9 @@ def decide_beginning(settings: ProgramSettings, run: Run, micro_batch_size: int)
             raise CheckpointError(f"init.from_run={other}: no checkpoint there verifies. " + " ".join(notes),
                                   f"`tubelet ckpt verify {other}`")
         manifest = read_manifest(folder)
-        return Beginning("fork", folder, TrainState(**manifest["state"]), notes), manifest
+        # what was best there lies there: this run has its own best, by its own evaluations
+        state = replace(TrainState(**manifest["state"]), best={}, evaluated_step=-1)
+        return Beginning("fork", folder, state, notes), manifest
     return Beginning("weights" if settings.init.weights else "scratch", notes=notes), {}
 
 

@@ -241,10 +241,11 @@ class Writer:
         poll.poll(0 if ended else 1000 * seconds)
         data = process.stdout.read()
         self._heard += data or b""
-        line, newline, rest = self._heard.partition(b"\n")
-        if newline:
-            self._answer, self._heard = json.loads(line), rest
-        elif ended or data == b"":
+        while self._answer is None and b"\n" in self._heard:
+            line, _, self._heard = self._heard.partition(b"\n")
+            if line.startswith(b"{"):  # else the site's start-up code has printed something
+                self._answer = json.loads(line)
+        if self._answer is None and (ended or data == b""):
             self._answer = _gone(process.wait())
             self.close()
         return self._answer is not None
