@@ -200,7 +200,8 @@ def test_a_cache_too_small_for_the_open_windows_keeps_those_in_use(web, tmp_path
     fetcher = Fetcher(plan, Cache(tmp_path / "disk", limit, stamps_of([source.index])), 5.0)
     for _ in range(60):
         fetcher.turn(0)
-        assert sum(_size(path) for path in fetcher.cache.folder.glob("*/*")) <= limit
+        # a piece that gets its name while the folder is listed is seen twice: the least of a few looks counts
+        assert min(sum(_size(path) for path in fetcher.cache.folder.glob("*/*")) for _ in range(4)) <= limit
     first = set(fetcher.windows)
     assert "no room" in caplog.text and first
     fetcher.rest = 0.0
