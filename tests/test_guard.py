@@ -85,6 +85,8 @@ def injected(world, device, folder, engine):
     run("spike", Objective(poison={5 * G + last: 1e4}), guard=spike)
     run("for_ever", Objective(poison={x: nan for x in range(5 * G + last, 999, G)}),
         guard={"max_skipped": 2, "max_rollbacks": 2})
+    run("one_kept", Objective(poison={s * G + last: nan for s in (4, 5, 6)}), guard={"max_skipped": 3}, keep_last=1,
+        save_every=1)  # the checkpoint to go back to outlives the saves within the trouble
     run("at_once", Objective(poison={3 * G + last: nan}), guard={"max_skipped": 1, "max_rollbacks": 0})
     return found
 
@@ -133,6 +135,9 @@ def test_each_injected_fault_ends_as_specified_on_all_ranks(size, engine, tmp_pa
     targets = [row["step"] for row in rows(tmp_path / "for_ever" / "events.jsonl") if row["event"] == "rollback"]
     assert targets == [4, 2]  # the second time from one further back
     assert [path.name[-1] for path in published(tmp_path / "for_ever")][0] == "2"
+
+    assert first["one_kept"]["error"] is None
+    assert first["one_kept"]["state"]["jumps"] == [{"step": 3, "seen": 3 * G, "to": 7 * G}]
 
     kind, text = first["at_once"]["error"]
     assert kind == "RunError" and "guard.max_rollbacks=0" in text

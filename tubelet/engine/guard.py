@@ -74,6 +74,11 @@ class Guard:
         self._skipped = 0
         self.first_step = -1
 
+    @property
+    def doubtful_from(self) -> int | None:
+        """The first step of a series of skipped updates that has not ended; None when there is none."""
+        return self.first_step if self._skipped else None
+
     def judge(self, step: int, loss: float, applied: bool) -> str | None:
         """Why to go back after step `step` (counted from 0), None = all is well.
 

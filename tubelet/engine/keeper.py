@@ -11,7 +11,15 @@ from typing import Any
 import torch
 
 from tubelet import dist
-from tubelet.engine.checkpoint.folder import choose, prune, read_best, set_rolled_back, step_of, write_best
+from tubelet.engine.checkpoint.folder import (
+    choose,
+    prune,
+    published,
+    read_best,
+    set_rolled_back,
+    step_of,
+    write_best,
+)
 from tubelet.engine.checkpoint.format import folder_name, read_manifest
 from tubelet.engine.checkpoint.place import place
 from tubelet.engine.checkpoint.save import Saver
@@ -37,6 +45,8 @@ class Keeper:
         self.saver = Saver(self.target, engine, settings.checkpoint, before_commit=run.check_current,
                            attempt=run.attempt.number if run.attempt else 0,
                            timeout_seconds=0.8 * settings.save_timeout_seconds)  # before the other ranks give up
+        self.doubtful_from: int | None = None
+        """The step from which on updates are in doubt: the newest checkpoint below it is not pruned. None = all is well."""
         self.saved_step = -1
         self.saved_at = time.monotonic()
         self.longest_seconds = 0.0
@@ -47,7 +57,7 @@ class Keeper:
         if self.saved_step == state.step:
             return
         self.publish()
-        if state.step > state.trouble_step:
+        if state.step > state.trouble_step and self.doubtful_from is None:
             state.rollbacks = 0  # beyond the trouble it last went back for
         extra = {**self.manifest, "state": asdict(state), "total_steps": total_steps}
         self.saver.start(state.step, list(average) if average is not None else None, extra)
@@ -90,7 +100,10 @@ class Keeper:
             except CheckpointError:
                 if best["step"] == self.saved_step:
                     raise
-        prune(self.target, keep_last=settings.keep_last, keep_every=settings.keep_every,
+        protect = []
+        if self.doubtful_from is not None:  # where the run would go back to
+            protect = [path for path in published(self.target) if step_of(path) < self.doubtful_from][-1:]
+        prune(self.target, keep_last=settings.keep_last, keep_every=settings.keep_every, protect=protect,
               keep_milestones=settings.keep_milestones, before_delete=self.run.check_current)
 
     def before(self, step: int) -> tuple[Path, TrainState]:

@@ -84,7 +84,8 @@ class Engine(Protocol):
         ...
 
     def step(self, lr: float) -> StepResult:
-        """Clip, then update at learning rate `lr` (times each parameter's own scale), unless the gradient is not finite on any rank."""
+        """Clip, then update at learning rate `lr`, times each parameter's own scale, unless the gradient is not finite
+        on any rank."""
         ...
 
     def flats(self) -> list[Flat]:

@@ -174,12 +174,14 @@ class Trainer:
             float(stop.code == EXIT_PREEMPTED), float(stop.code == EXIT_INTERRUPTED), float(self.trouble is not None),
             float(late), float(old), float(self.keeper.ready()), float(bad), 0.0 if bad else loss])
         if failed:
-            self.keep_all()
+            if self.state.step:  # a checkpoint of step 0 would only pin the settings
+                self.keep_all()
             dist.together(self.raise_trouble)
         verdict = Verdict(save=bool(old), publish=ready == self.world.size)
         if self.last_applied is not None:
             mean = math.nan if nonfinite else total / self.world.size
             verdict.back = self.guard.judge(self.state.step - 1, mean, self.last_applied)
+            self.keeper.doubtful_from = self.guard.first_step if verdict.back else self.guard.doubtful_from
             self.last_applied = None
         if asked or interrupted or late:
             verdict.leave = EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
@@ -278,6 +280,7 @@ class Trainer:
                                   f"{jump['to']} are left out, {lost} steps are lost")
         self.last_applied = None
         self.guard.reset()
+        self.keeper.doubtful_from = None
         self.view.rewind(step, state.step)
         if self.digest:
             self.digest = DigestFile(self.run.folder, state.step, self.world.speaks)
