@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
@@ -23,7 +24,7 @@ demo: $(VENV)/installed  ## the main job on a CPU, end to end (about 5 minutes)
 	$(BIN)/python -m tubelet.program.demo
 
 test: $(VENV)/installed  ## the test-suite (under 15 minutes on 2 cores)
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=10
 
 test-slow: $(VENV)/installed  ## the slow tests: a part chosen by SEED, of PARTS parts (PARTS=1 runs all of them)
 	$(BIN)/python -m pytest -m slow --durations=10 --timeout=1200

@@ -91,7 +91,7 @@ def evaluate(
     objective = Classification(ObjectiveSettings(**found.objective), settings.num_classes, cfg["mean"], cfg["std"])
     if not settings.num_classes:
         raise ConfigError(f"{weights} has no classifier (num_classes 0).", "fine-tune it first")
-    results = measure(Still(model.to(device), device), objective, loader)  # type: ignore[arg-type]
+    results = measure(Still(model.to(device), device), objective, loader) or {}  # type: ignore[arg-type]
     print_table(f"{weights} ({found.what}) on {loader.size} samples of {data}", ["measure", "value"],
                 [[name, f"{value:.6f}"] for name, value in results.items()])
 
