@@ -12,7 +12,7 @@ from tubelet import dist
 from tubelet.engine.checkpoint.folder import published, read_best
 from tubelet.engine.checkpoint.load import read_manifest
 from tubelet.engine.trainer import Beginning, Stopped, TrainState
-from tubelet.errors import BEGUN, ConfigError, DataError, RunError
+from tubelet.errors import BEGUN, ConfigError, DataError
 from tubelet.program.main import report
 
 BEST = {"checkpoint": {"best": {"metric": "val/loss", "mode": "min"}}}
@@ -60,10 +60,10 @@ def test_asked_to_leave_at_the_last_step_the_next_start_evaluates_and_names_the_
     first.train_step = signalled
     with pytest.raises(Stopped):
         first.fit()
-    assert first.eval_loaders[0].passes == 0 and published(tmp_path / "r")[-1].name == "step-00000006"
+    assert first.evaluation.loaders[0].passes == 0 and published(tmp_path / "r")[-1].name == "step-00000006"
     second = trainer(eval_loaders=[Pictures()], beginning=resumed(tmp_path / "r"), **BEST)
     results = second.fit()
-    assert second.eval_loaders[0].passes == 1
+    assert second.evaluation.loaders[0].passes == 1
     best = read_best(tmp_path / "r")
     assert best and best["step"] == 6 and best["value"] == results["val/loss"]
 
@@ -88,7 +88,7 @@ def test_what_an_evaluation_ends_the_run_for_costs_no_step(trainer, tmp_path):
 
     with pytest.raises(DataError, match="val.tar"):
         trainer("reader", eval_loaders=[Pictures(broken)], save_every=100).fit()
-    with pytest.raises(RunError, match="val/loss"):
+    with pytest.raises(ConfigError, match="val/loss"):
         trainer("metric", eval_loaders=[Pictures()], save_every=100,
                 checkpoint={"best": {"metric": "val/top1", "mode": "max"}}).fit()
     for name in ("reader", "metric"):

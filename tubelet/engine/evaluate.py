@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 
 from tubelet import dist
+from tubelet.engine.ema import ShardedEma
 from tubelet.engine.protocol import Batch, Engine, EvalLoader
-from tubelet.errors import DataError
+from tubelet.engine.settings import BestSettings
+from tubelet.errors import ConfigError, DataError, nearest
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
@@ -57,9 +59,13 @@ def evaluate(engine: Engine, objective: Any, loader: EvalLoader, asked: Callable
         raise DataError(f"Validation set {loader.name} has {loader.size} samples, but {count:.0f} were evaluated "
                         f"and {bad:.0f} did not decode.",
                         "`tubelet data verify` on its shards")
-    views = f"@{loader.protocol}" if loader.protocol else ""
-    means = {f"{name}{views}": value / count for name, value in sums.items()}
+    means = {viewed(name, loader): value / count for name, value in sums.items()}
     return {**means, "bad_samples": bad} if bad else means
+
+
+def viewed(name: str, loader: EvalLoader) -> str:
+    """The name of a metric with the views that its samples are seen in: `acc1@4x3`."""
+    return f"{name}@{loader.protocol}" if loader.protocol else name
 
 
 def _next(batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
@@ -73,3 +79,46 @@ def _next(batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
 def _raise(error: Exception | None) -> None:
     if error is not None:
         raise error
+
+
+class Evaluation:
+    """All validation sets of a run, with the weights and, when there is one, with their average."""
+
+    def __init__(self, engine: Engine, objective: Any, loaders: Sequence[EvalLoader], ema: ShardedEma | None):
+        self.engine, self.objective, self.loaders, self.ema = engine, objective, loaders, ema
+
+    def run(self, asked: Callable[[], bool]) -> dict[str, float] | None:
+        """`val/...` and `val_ema/...`, or None when `asked` on any rank says that it is time to leave. All ranks call it."""
+        results = self._weights("val", asked)
+        if results is None or not self.ema:
+            return results
+        with self.ema.swapped():
+            average = self._weights("val_ema", asked)
+        return None if average is None else results | average
+
+    def _weights(self, prefix: str, asked: Callable[[], bool]) -> dict[str, float] | None:
+        results = {}
+        for loader in self.loaders:
+            found = evaluate(self.engine, self.objective, loader, asked)
+            if found is None:
+                return None
+            results |= {f"{self._group(prefix, loader)}/{name}": value for name, value in found.items()}
+        return results
+
+    def _group(self, prefix: str, loader: EvalLoader) -> str:
+        return prefix if len(self.loaders) == 1 else f"{prefix}/{loader.name}"
+
+    def names(self, measured: Iterable[str]) -> list[str]:
+        """What `run` will call its results, when the objective measures `measured`."""
+        prefixes = ("val", "val_ema") if self.ema else ("val",)
+        return [f"{self._group(prefix, loader)}/{viewed(name, loader)}" for prefix in prefixes for loader in self.loaders
+                for name in measured if name != "count"]
+
+
+def need_metric(wanted: BestSettings, names: Iterable[str]) -> None:
+    """Raise `ConfigError` when `checkpoint.best.metric` is none of `names`, which an evaluation gives."""
+    names = sorted(names)
+    if wanted.metric not in names:
+        close = [name for name in names if name.startswith(wanted.metric)] or nearest(wanted.metric, names) or names
+        raise ConfigError(f"`checkpoint.best.metric` is {wanted.metric!r}, but an evaluation gives {', '.join(names)}.",
+                          f"checkpoint.best.metric={close[0]}")

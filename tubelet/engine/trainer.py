@@ -24,7 +24,7 @@ from tubelet.engine.checkpoint.load import FROM_SETTINGS, restore
 from tubelet.engine.deadline import Deadline
 from tubelet.engine.digest import DigestFile
 from tubelet.engine.ema import ShardedEma
-from tubelet.engine.evaluate import evaluate, to_device
+from tubelet.engine.evaluate import Evaluation, need_metric, to_device
 from tubelet.engine.guard import Guard, LossProbe, poisoned, record_jump
 from tubelet.engine.keeper import Keeper
 from tubelet.engine.phases import Phases
@@ -66,12 +66,13 @@ class Trainer:
                  on_eval: Callable[[Any, int, Trackers], None] | None = None, phases: Phases | None = None,
                  stop: StopFlag | None = None):
         self.settings, self.run, self.world, self.engine, self.objective = settings, run, world, engine, objective
-        self.loader, self.eval_loaders, self.on_eval = loader, eval_loaders, on_eval
+        self.loader, self.on_eval = loader, on_eval
         self.total_steps, self.input_shape, self.micro_batch_size = total_steps, input_shape, micro_batch_size
         self.accumulation = settings.global_batch_size // (micro_batch_size * world.size)
         self.beginning, self.state = beginning, beginning.state or TrainState()
         self.phases, self.stop = phases or Phases(), stop
         self.ema = ShardedEma(engine, settings.ema) if settings.ema else None
+        self.evaluation = Evaluation(engine, objective, eval_loaders, self.ema)
         self.guard, self.probe = Guard(settings.guard), LossProbe(engine.device)
         self.keeper = Keeper(run, settings, engine, manifest)
         self.deadline = Deadline(settings, speaks=world.speaks)
@@ -141,8 +142,10 @@ class Trainer:
                  "labels": torch.zeros(size, dtype=torch.int64), "valid": torch.ones(size, dtype=torch.bool)}
         self.engine.eval()
         with torch.no_grad():
-            self.objective.evaluate(self.engine.model, to_device(batch, self.engine.device))
+            measured = self.objective.evaluate(self.engine.model, to_device(batch, self.engine.device))
         self.engine.train()
+        if self.settings.checkpoint.best and self.evaluation.loaders:
+            need_metric(self.settings.checkpoint.best, self.evaluation.names(measured))
 
     def open(self) -> None:
         """Logs and data; what was logged after the restored step is dropped, so no curve overlaps."""
@@ -311,7 +314,7 @@ class Trainer:
             return True
         with self.phases("evaluate"), dist.patience("evaluate"):
             try:
-                results = self.evaluate_both()
+                results = self.evaluation.run(lambda: bool(self.stop and self.stop.code) or self.late())
             except DataError:  # on all ranks alike: the validation set is to blame, not what was trained
                 self.keep_all()
                 raise
@@ -324,25 +327,6 @@ class Trainer:
         self.remember_best(results)
         return True
 
-    def evaluate_both(self) -> dict[str, float] | None:
-        results = self.evaluate_weights("val")
-        if results is None or not self.ema:
-            return results
-        with self.ema.swapped():
-            average = self.evaluate_weights("val_ema")
-        return None if average is None else results | average
-
-    def evaluate_weights(self, prefix: str) -> dict[str, float] | None:
-        results = {}
-        for loader in self.eval_loaders:
-            group = prefix if len(self.eval_loaders) == 1 else f"{prefix}/{loader.name}"
-            found = evaluate(self.engine, self.objective, loader,
-                             asked=lambda: bool(self.stop and self.stop.code) or self.late())
-            if found is None:
-                return None
-            results |= {f"{group}/{name}": value for name, value in found.items()}
-        return results
-
     def remember_best(self, results: dict[str, float]) -> None:
         """`checkpoint.best`: an evaluation better than all before is saved at once, and kept."""
         wanted, best = self.settings.checkpoint.best, self.state.best
@@ -350,8 +334,7 @@ class Trainer:
             return
         if wanted.metric not in results:
             self.keep_all()  # the name was wrong, not what was trained
-            raise RunError(f"`checkpoint.best.metric` is {wanted.metric!r}, but the evaluation gives {', '.join(results)}.",
-                           f"checkpoint.best.metric={next(iter(results))}")
+            need_metric(wanted, results)
         value = results[wanted.metric]
         if not math.isfinite(value):
             return  # nothing would ever be better

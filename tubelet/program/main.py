@@ -10,6 +10,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
@@ -76,6 +77,8 @@ def report(error: Exception, rank: int, folder: Path | None, own: bool = False) 
         try:
             with open(logs / f"rank-{rank:04d}.txt", "a") as file:
                 file.write(f"{where} {''.join(traceback.format_exception(error))}\n")
+            if rank and known and not own:
+                time.sleep(0.5)  # what all ranks raise together rank 0 says
             newest = max((path.stem for path in (logs.parent / "attempts").glob("[0-9]*.yaml")), default="0000")
             first = files.create_exclusive(logs / f"first-error-{newest}.txt", f"{where} {text}\n")
         except OSError:
