@@ -10,6 +10,8 @@ import queue
 import time
 import traceback
 
+from torch.distributed import TCPStore
+
 from tubelet import dist
 
 
@@ -34,8 +36,10 @@ def run_ranks(fn, size, *args, timeout=180, env=None):
     """[fn(world, device, *args) of rank 0, of rank 1, ...]; values must be picklable (plain Python or numpy)."""
     context = mp.get_context("spawn")
     results = context.Queue()
-    port = dist.free_port()
-    processes = [context.Process(target=_child, args=(fn, rank, size, port, args, env or {}, results), daemon=False)
+    # The ranks meet at a store of ours, as under torchrun: nobody else can take its port before rank 0 would.
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    env = {"TORCHELASTIC_USE_AGENT_STORE": "True", **(env or {})}
+    processes = [context.Process(target=_child, args=(fn, rank, size, store.port, args, env, results), daemon=False)
                  for rank in range(size)]
     for process in processes:
         process.start()

@@ -282,7 +282,7 @@ def test_a_torch_without_a_limit_for_each_compilation_gets_the_common_one(monkey
     def before_2_13(model, *, backend, dynamic, options=None):
         return model, backend, dynamic
 
-    monkeypatch.setattr(config, "recompile_limit", 8)
     monkeypatch.setattr(torch, "compile", before_2_13)
-    assert _compiled(len, "aot_eager", "default", 40) == (len, "aot_eager", False) and config.recompile_limit == 40
-    assert _compiled(len, "inductor", "default", 30)[1] == "inductor" and config.recompile_limit == 40
+    with config.patch(recompile_limit=8):
+        assert _compiled(len, "aot_eager", "default", 40) == (len, "aot_eager", False) and config.recompile_limit == 40
+        assert _compiled(len, "inductor", "default", 30)[1] == "inductor" and config.recompile_limit == 40

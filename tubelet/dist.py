@@ -142,7 +142,10 @@ def start(world: World, timeout_seconds: float = 600, control_timeout_seconds: f
             threads = max(1, (os.cpu_count() or 1) // world.local_size)
             os.environ["OMP_NUM_THREADS"] = str(threads)
             torch.set_num_threads(threads)
-    port = world.port or free_port()
+    store = None
+    if not world.port and not dist.is_initialized():  # alone: the system gives a port that no other program can take first
+        store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
+    port = world.port or (store.port if store else free_port())
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank),
                       LOCAL_SIZE=str(world.local_size), MASTER_ADDR=world.address, MASTER_PORT=str(port))
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
@@ -152,7 +155,7 @@ def start(world: World, timeout_seconds: float = 600, control_timeout_seconds: f
                               "start at most one process a GPU, or check CUDA_VISIBLE_DEVICES")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", rank=world.rank, world_size=world.size,
+        dist.init_process_group("nccl" if cuda else "gloo", rank=world.rank, world_size=world.size, store=store,
                                 timeout=timedelta(seconds=timeout_seconds), device_id=device if cuda else None)
     _control = dist.new_group(backend="gloo", timeout=timedelta(seconds=control_timeout_seconds))
     _meeting = Meeting({"": control_timeout_seconds, "train": timeout_seconds, "save": save_timeout_seconds,

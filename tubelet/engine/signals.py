@@ -73,6 +73,7 @@ class StopFlag:
         self._before: dict[int, object] = {}
         self._thread: threading.Thread | None = None
         self._over = False
+        self._fork = threading.local()  # of the thread that forks: the signals it let through before
 
     # --------------------------------------------------------------------------------- what the program calls
 
@@ -109,8 +110,8 @@ class StopFlag:
         self._wakeup_before = signal.set_wakeup_fd(self._writes.fileno(), warn_on_full_buffer=False)
         self._before = {number: signal.signal(number, self._receive) for number in WATCHED}
         self._owner = os.getpid()
-        # A forked child has the same socket: a signal to it must not count as one of ours.
-        os.register_at_fork(after_in_child=self._forked)
+        # A forked child has the same socket: a signal to it must not count as one of ours, not even in its first moment.
+        os.register_at_fork(before=self._before_fork, after_in_parent=self._unblock, after_in_child=self._forked)
         self._thread = threading.Thread(target=self._watch, name="signals", daemon=True)
         self._thread.start()
         return self
@@ -132,10 +133,20 @@ class StopFlag:
         self._writes.close()
         self._reads.close()
 
+    def _before_fork(self) -> None:
+        if self._thread is not None:
+            self._fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, WATCHED)
+
+    def _unblock(self) -> None:
+        mask = self._fork.__dict__.pop("mask", None)
+        if mask is not None:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
     def _forked(self) -> None:
         if self._thread is not None and os.getpid() != self._owner:
             signal.set_wakeup_fd(-1)
             self._thread = None
+        self._unblock()
 
     def _wake(self) -> None:
         if self._thread is not None:
