@@ -1,5 +1,6 @@
 """Where a process stands, from whatever launched it; ranks that agree."""
 
+import os
 import socket
 import time
 from typing import Any
@@ -71,6 +72,7 @@ def _restart(world, port, *seconds):
     """The same ranks in new groups with these time-outs: training, control, saving, evaluating."""
     dist.stop()
     train, control, save, evaluate = seconds
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # rank 0 serves the new meeting itself
     dist.start(dist.World(world.rank, world.size, world.local_rank, world.local_size, world.address, port), train, control,
                save_timeout_seconds=save, eval_timeout_seconds=evaluate)
 
