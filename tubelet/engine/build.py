@@ -104,8 +104,8 @@ def check_combination(settings: EngineSettings, module: nn.Module, device: torch
     recompute = settings.activation_checkpointing
     if recompute and recompute.mode == "selective" and not settings.compile:
         problems.add("activation_checkpointing.mode is selective without compile: torch's selective recomputation gave "
-                     "gradients that were a little wrong in some steps (torch 2.15; a hundred-thousandth of the norm with the "
-                     "plain engine, a hundredth at ZeRO-3).", "activation_checkpointing.mode=full, or compile={}")
+                     "gradients that were a little wrong in some steps (torch 2.15; a hundred-thousandth of the norm with "
+                     "the plain engine, a hundredth at ZeRO-3).", "activation_checkpointing.mode=full, or compile={}")
     if settings.sync_batch_norm and not has_batch_norm(module):
         problems.add(f"sync_batch_norm is set, but {type(module).__name__} has no BatchNorm.", "sync_batch_norm=false")
     if settings.sync_batch_norm and settings.compile:
