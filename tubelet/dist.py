@@ -143,9 +143,9 @@ def start(world: World, timeout_seconds: float = 600, control_timeout_seconds: f
             os.environ["OMP_NUM_THREADS"] = str(threads)
             torch.set_num_threads(threads)
     store = None
-    if not world.port and not dist.is_initialized():  # alone: the system gives a port that no other program can take first
+    if world.size == 1 and not dist.is_initialized():  # nobody to meet: a port that no other program can take first
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
-    port = world.port or (store.port if store else free_port())
+    port = store.port if store else world.port or free_port()
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank),
                       LOCAL_SIZE=str(world.local_size), MASTER_ADDR=world.address, MASTER_PORT=str(port))
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
