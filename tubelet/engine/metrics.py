@@ -13,10 +13,6 @@ from pathlib import Path
 import torch
 
 from tubelet import dist
-from tubelet.engine.console import Console as Console
-from tubelet.engine.console import duration as duration
-from tubelet.engine.settings import LogSettings
-from tubelet.engine.trackers import Trackers
 
 # Dense bf16 peaks in TFLOP/s (never the 2:4-sparse figure), from the vendors' data sheets.
 PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "GH200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0,
@@ -29,13 +25,6 @@ def peak_tflops(device: torch.device) -> float | None:
         return None
     name = torch.cuda.get_device_name(device)
     return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
-
-
-class Scalars(Trackers):
-    """Trackers with the settings as they are by default."""
-
-    def __init__(self, folder: Path, *, step: int, enabled: bool):
-        super().__init__(folder, LogSettings(), step=step, enabled=enabled)
 
 
 class Meter:
