@@ -58,7 +58,7 @@ def start(program, config, *words, nproc=1, env=None):
                             env={**os.environ, **(env or {})}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def run(program, config, *words, nproc=1, env=None, timeout=240, expect=0):
+def run(program, config, *words, nproc=1, env=None, timeout=500, expect=0):
     """Run a program to its end; returns its output. Fails the test when the exit code is not `expect`."""
     process = start(program, config, *words, nproc=nproc, env=env)
     try:
@@ -94,7 +94,7 @@ def rows(path):
     return found
 
 
-def wait_for(condition, process, timeout=120, every=0.02):
+def wait_for(condition, process, timeout=400, every=0.02):
     """Poll until `condition()` is true; fails when the program ends first."""
     deadline = time.time() + timeout
     while not condition():
@@ -113,7 +113,7 @@ def losses(folder):
     return {row["step"]: row["train/loss"] for row in rows(Path(folder) / "metrics.jsonl") if "train/loss" in row}
 
 
-def workers_gone(folder, timeout=30):
+def workers_gone(folder, timeout=90):
     """Wait until the process that owns a run folder is gone (killed ranks need a moment)."""
     newest = sorted((Path(folder) / "attempts").glob("[0-9][0-9][0-9][0-9].json"))
     pid, deadline = json.loads(newest[-1].read_text())["pid"] if newest else 0, time.time() + timeout

@@ -22,7 +22,7 @@ def _child(fn, rank, size, port, args, env, results):
 
         torch.set_num_threads(1)
         world = dist.World(rank, size, rank, size, "127.0.0.1", port)
-        device = dist.start(world, timeout_seconds=90, control_timeout_seconds=90)
+        device = dist.start(world, timeout_seconds=240, control_timeout_seconds=240)
         value = fn(world, device, *args)
         dist.barrier()
         results.put((rank, True, value))
@@ -32,7 +32,7 @@ def _child(fn, rank, size, port, args, env, results):
         dist.stop()
 
 
-def run_ranks(fn, size, *args, timeout=180, env=None):
+def run_ranks(fn, size, *args, timeout=480, env=None):
     """[fn(world, device, *args) of rank 0, of rank 1, ...]; values must be picklable (plain Python or numpy)."""
     context = mp.get_context("spawn")
     results = context.Queue()

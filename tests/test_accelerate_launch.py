@@ -28,7 +28,7 @@ def start_with(launcher, config, *words):
     """Run a launcher to its end; returns (exit code, output)."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE_")}
     env["PATH"] = f"{BIN}:{env['PATH']}"
-    done = subprocess.run([*LAUNCHERS[launcher], str(config), *words], cwd=ROOT, env=env, text=True, timeout=200,
+    done = subprocess.run([*LAUNCHERS[launcher], str(config), *words], cwd=ROOT, env=env, text=True, timeout=500,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     return done.returncode, done.stdout
 

@@ -192,15 +192,17 @@ def _size(path):
         return 0
 
 
-def _used(folder):
-    """Bytes of the files below; one that gets its name while the folder is listed is seen twice and counts once."""
+def _used(cache):
+    """Bytes that the cache's files hold, while its lock keeps others from exchanging one for another; a file that gets its
+    name while the folder is listed is seen twice and counts once."""
     found = {}
-    for path in folder.glob("*/*"):
-        try:
-            told = path.stat()
-        except OSError:
-            continue
-        found[told.st_ino] = told.st_size
+    with cache._locked():
+        for path in cache.folder.glob("*/*"):
+            try:
+                told = path.stat()
+            except OSError:
+                continue
+            found[told.st_ino] = told.st_size
     return sum(found.values())
 
 
@@ -212,7 +214,7 @@ def test_a_cache_too_small_for_the_open_windows_keeps_those_in_use(web, tmp_path
     fetcher = Fetcher(plan, Cache(tmp_path / "disk", limit, stamps_of([source.index])), 5.0)
     for _ in range(60):
         fetcher.turn(0)
-        assert _used(fetcher.cache.folder) <= limit
+        assert _used(fetcher.cache) <= limit
     first = set(fetcher.windows)
     assert "no room" in caplog.text and first
     fetcher.rest = 0.0

@@ -68,7 +68,7 @@ def test_the_limit_of_the_settings_counts_from_the_start_of_the_job_and_goes_bef
     assert Deadline(settings(time_limit_minutes=30), env, now=Clock()).end == NOON + 1200
     script = ("import time, sys; time.sleep(1); from tests.test_preemption import settings, Deadline\n"
               "print(Deadline(settings(time_limit_minutes=1), {}).end - time.time())")
-    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60,
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=200,
                           env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT}/tests"})
     assert 40 < float(done.stdout) < 59, done.stderr  # what was imported before counts
 
@@ -190,7 +190,7 @@ def test_a_rank_that_waits_in_c_code_leaves_in_time_all_the_same(phase, number, 
     begun = time.monotonic()
     for _ in range(3):  # however often it comes (three Ctrl-C in a row are one key)
         process.send_signal(number)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=90)
     assert 0.3 < time.monotonic() - begun < 10
     assert (tmp_path / "rank-3.code").read_text() == str(code)
     assert process.returncode == (0 if phase == "starting" else code)  # the launcher reads the file: no page of torchrun's
@@ -228,7 +228,7 @@ def test_a_second_ctrl_c_within_five_seconds_leaves_at_once_and_the_first_does_n
     time.sleep(0.5)
     assert process.poll() is None
     process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=90)
     assert process.returncode == 130 and "second Ctrl-C" in errors
 
 
@@ -271,7 +271,7 @@ def leave_at(config, nproc, condition, number=signal.SIGTERM):
     wait_for(lambda: condition(time.monotonic() - begun) and catches(process.pid), process)
     for _ in range(2):
         os.killpg(process.pid, number)
-    output, _ = process.communicate(timeout=90)
+    output, _ = process.communicate(timeout=300)
     return process.returncode, output
 
 

@@ -49,7 +49,7 @@ def test_recipe_settings_check_without_torch(config):
 def test_every_recipe_trains_saves_and_evaluates_with_tiny(tmp_path):
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path / "cache")}
     done = subprocess.run([sys.executable, "-c", DRIVER, json.dumps([str(item) for item in CONFIGS]), str(tmp_path)],
-                          cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+                          cwd=ROOT, env=env, capture_output=True, text=True, timeout=550)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-6000:]
     codes = json.loads(next(line for line in done.stdout.splitlines() if line.startswith("CODES"))[6:])

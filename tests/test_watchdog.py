@@ -126,7 +126,7 @@ def _spread(world):
 @pytest.fixture(scope="module")
 def cases(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cases")
-    ranks = run_ranks(_cases, 3, folder, timeout=150)
+    ranks = run_ranks(_cases, 3, folder, timeout=400)
     return ranks[0][0], {name: [said[name] for _, said in ranks] for name in ranks[0][1]}, folder
 
 
