@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import math
+import os
 
 import numpy as np
 import pytest
@@ -171,6 +172,7 @@ def train_all(world, device, plan):
         results[engine_name, optimizer["name"], precision] = total, norms, weights(engine)
         engine.close()
         if len(results) == 1:  # a program that leaves its process group and joins another one goes on as if new
+            os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # rank 0 serves the new meeting itself
             port = dist.broadcast(dist.free_port())
             dist.stop()
             device = dist.start(dataclasses.replace(world, port=port))
