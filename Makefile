@@ -6,7 +6,7 @@ JOBS ?= 2
 export OMP_NUM_THREADS ?= 1
 export DS_ACCELERATOR ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 
-.PHONY: help install demo test test-slow test-all lint clean
+.PHONY: help install demo test test-slow test-cluster test-all lint clean
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -29,8 +29,11 @@ test: $(VENV)/installed  ## the test-suite (under 15 minutes on 2 cores)
 test-slow: $(VENV)/installed  ## the slow tests: a part chosen by SEED, of PARTS parts (PARTS=1 runs all of them)
 	$(BIN)/python -m pytest -m slow --durations=10 --timeout=1200
 
-test-all: $(VENV)/installed  ## everything
-	$(BIN)/python -m pytest -m '' --durations=20 --timeout=1200
+test-cluster: $(VENV)/installed  ## jobs on several hosts, made on this one: installs what they need, as root, and cleans up
+	$(BIN)/python -m pytest -m cluster tests/cluster --timeout=900 --durations=10
+
+test-all: $(VENV)/installed  ## everything that one host needs no root for
+	$(BIN)/python -m pytest -m 'not cluster' --durations=20 --timeout=1200
 
 lint: $(VENV)/installed  ## ruff, pyright, import floors
 	$(BIN)/ruff check .

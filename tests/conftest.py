@@ -1,6 +1,7 @@
 """Shared by all tests: one thread per process, CPU, reproducible BLAS, nothing from a hub; which tests run; skips.
 
-Slow tests run only when asked for. `TUBELET_SLOW_SHARE=0.5 TUBELET_SLOW_SEED=abc` runs a random half of them. Under CI a
+Slow tests run only when asked for, and so do those of `cluster/`, which start daemons and change the network of this host:
+never unless `-m` or a node id names them. `TUBELET_SLOW_SHARE=0.5 TUBELET_SLOW_SEED=abc` runs a random half of them. Under CI a
 skip that `allowed_skips.txt` does not name fails the run.
 """
 
@@ -19,7 +20,14 @@ import pytest
 skipped: list[tuple[str, str]] = []
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m chooses among the marks
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if Path(__file__).parent / "cluster" in item.path.parents:
+            item.add_marker("cluster")
+    named = any("::" in str(arg) for arg in config.args)
+    if not named and "cluster" not in config.getoption("-m"):
+        drop(config, items, "cluster")
     if config.getoption("-m"):
         share = float(os.environ.get("TUBELET_SLOW_SHARE", 1))
         slow = [item for item in items if "slow" in item.keywords]
@@ -30,11 +38,13 @@ def pytest_collection_modifyitems(config, items):
             config.hook.pytest_deselected(items=dropped)
             items[:] = [item for item in items if item not in dropped]
         return
-    if any("::" in str(arg) for arg in config.args):
-        return
-    dropped = [item for item in items if "slow" in item.keywords]
-    config.hook.pytest_deselected(items=dropped)
-    items[:] = [item for item in items if "slow" not in item.keywords]
+    if not named:
+        drop(config, items, "slow")
+
+
+def drop(config, items, mark):
+    config.hook.pytest_deselected(items=[item for item in items if mark in item.keywords])
+    items[:] = [item for item in items if mark not in item.keywords]
 
 
 def pytest_runtest_logreport(report):
