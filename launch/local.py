@@ -15,38 +15,44 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from launch.request import MODULES, Request
 from tubelet import dist
 
 _FORWARDED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP)
 
 
-def torchrun_command(program: str, words: Sequence[str], nproc: int) -> list[str]:
+def torchrun_command(request: Request) -> list[str]:
     """The command that is run."""
-    head = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={nproc}"]
-    return [*head, "-m", program, *words]
+    if not request.settings.container and not request.settings.python:
+        head = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    else:
+        head = [request.python, "-m", "torch.distributed.run", "--standalone"]
+    command = [*head, f"--nproc-per-node={request.settings.tasks_per_node}", "-m", MODULES[request.program], *request.words]
+    return request.wrapped(command)
 
 
-def environment(nproc: int) -> dict[str, str]:
+def environment(request: Request) -> dict[str, str]:
     """What the workers get beside the caller's environment."""
-    cores = max(1, (os.cpu_count() or 1) // nproc)
+    cores = request.settings.cpus_per_task or max(1, (os.cpu_count() or 1) // request.settings.tasks_per_node)
     return {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # the others are ours; torchrun would kill a save after 30 s
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(cores)), "PYTHONUNBUFFERED": "1",
             "TORCH_NCCL_DUMP_ON_TIMEOUT": os.environ.get("TORCH_NCCL_DUMP_ON_TIMEOUT", "1"),
-            "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True")}
+            "PYTORCH_ALLOC_CONF": os.environ.get("PYTORCH_ALLOC_CONF", "expandable_segments:True"),
+            **request.settings.environment}
 
 
-def describe(command: Sequence[str], extra: dict[str, str]) -> str:
+def render(request: Request) -> str:
     """The whole thing as one line of shell."""
-    return " ".join([*(f"{key}={shlex.quote(value)}" for key, value in extra.items()), shlex.join(command)])
+    return " ".join([*(f"{key}={shlex.quote(value)}" for key, value in environment(request).items()),
+                     shlex.join(torchrun_command(request))])
 
 
-def run_local(program: str, words: Sequence[str], nproc: int) -> int:
+def run(request: Request) -> int:
     """Run to the end; returns 0, 85, 86, 130, or the first failing rank's code."""
     with tempfile.TemporaryDirectory(prefix="tubelet-launch-") as folder:
-        env = {**os.environ, **environment(nproc), dist.EXIT_DIR: folder}
+        env = {**os.environ, **environment(request), dist.EXIT_DIR: folder}
         # A session of its own: a terminal's Ctrl-C or a group signal reaches the workers once, through us.
-        process = subprocess.Popen(torchrun_command(program, words, nproc), env=env, start_new_session=True,
-                                   preexec_fn=_in_child)
+        process = subprocess.Popen(torchrun_command(request), env=env, start_new_session=True, preexec_fn=_in_child)
         asked, told = 0, set[int]()
 
         def forward(number: int, frame: object) -> None:

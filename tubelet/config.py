@@ -88,7 +88,13 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_NUMBER = {"tag:yaml.org,2002:int": r"[-+]?(0b[0-1_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*)$",
+           "tag:yaml.org,2002:float": r"([-+]?([0-9][0-9_]*)\.[0-9_]*([eE][-+][0-9]+)?|\.[0-9][0-9_]*([eE][-+][0-9]+)?"
+                                      r"|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN))$"}
+"""As YAML 1.1 has it, but 1:30:00 is a text and no number in base 60."""
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, re.compile(_NUMBER[tag]) if tag in _NUMBER else rule) for tag, rule in rules]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?([0-9][0-9_]*)(\.[0-9_]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )

@@ -1,0 +1,229 @@
+"""From a command line to a checked request: what runs where; what can be refused is refused before it is queued."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, get_args
+
+from launch.settings import LaunchSettings, find_site, load_site
+from tubelet.config import known_fields, parse_overrides
+from tubelet.errors import ConfigError, Problems, nearest
+
+if TYPE_CHECKING:
+    from tubelet.program.settings import ProgramSettings
+
+TRAINING = {"pretrain": "PretrainSettings", "finetune": "FinetuneSettings"}
+"""Programs with a run folder: they resume, and are restarted."""
+MODULES = {"pretrain": "pretrain", "finetune": "finetune", "evaluate": "finetune.evaluate",
+           "doctor": "tubelet.program.doctor", "data": "data_pipelines", "models": "tubelet.models.cli"}
+"""Program -> the module that `python -m` runs. Those that do not train have no run folder."""
+SECTIONS = {"local": "", "node": "", "hostfile": "hostfile", "slurm": "slurm", "k8s": "k8s"}
+FLAGS = ("--dry-run", "--help", "-h")
+
+
+@dataclass
+class Request:
+    """A checked command line."""
+
+    launcher: str
+    program: str
+    words: list[str]
+    settings: LaunchSettings
+    sources: dict[str, str] = field(default_factory=dict)
+    dry_run: bool = False
+    training: ProgramSettings | None = None
+    """The program's own settings when it is one that trains."""
+
+    @property
+    def name(self) -> str:
+        """Name of the job."""
+        return self.settings.name or (self.training.run.name if self.training else self.program)
+
+    @property
+    def run_folder(self) -> Path | None:
+        """Absolute path of the run's folder; None for programs without one."""
+        if self.training is None:
+            return None
+        run = self.training.run
+        return Path(self.workdir, run.dir, run.name)
+
+    @property
+    def launch_folder(self) -> Path:
+        """Where scripts and logs of the launcher go: `launch/` in the run's folder, else `runs/.launch/NAME`."""
+        return self.run_folder / "launch" if self.run_folder else Path(self.workdir, "runs", ".launch", self.name)
+
+    @property
+    def workdir(self) -> str:
+        """Folder of the checkout on the nodes."""
+        return self.settings.workdir or os.getcwd()
+
+    @property
+    def python(self) -> str:
+        """Python of the processes."""
+        return self.settings.python or sys.executable
+
+    def command(self) -> list[str]:
+        """The program as every process runs it, the container around it."""
+        return self.wrapped([self.python, "-m", MODULES[self.program], *self.words])
+
+    def wrapped(self, command: Sequence[str]) -> list[str]:
+        """A command inside the container, if there is one."""
+        return wrap(self.settings.container, command)
+
+
+def wrap(container: str, command: Sequence[str]) -> list[str]:
+    """`command` run by `container`, whose `{command}` it replaces or at whose end it stands."""
+    if not container:
+        return list(command)
+    words = shlex.split(container)
+    if "{command}" in words:
+        at = words.index("{command}")
+        return [*words[:at], *command, *words[at + 1:]]
+    if "{command}" in container:  # inside a quoted word: `bash -c "cd /src && {command}"`
+        return [word.replace("{command}", shlex.join(command)) for word in words]
+    return [*words, *command]
+
+
+def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Words before and after `--`."""
+    words = list(words)
+    if "--" not in words:
+        return words, []
+    at = words.index("--")
+    return words[:at], words[at + 1:]
+
+
+def read_request(launcher: str, words: Sequence[str]) -> Request:
+    """Read, merge with the site's YAML and check: settings of the job and of the program. Nothing is written.
+
+    Raises one `ConfigError` for all that is wrong with the job, or with the program's configuration, or with both.
+    """
+    own, program_words = split(words)
+    dry_run = "--dry-run" in own
+    own = [word for word in own if word not in FLAGS]
+    site, own = _take(own, "--site")
+    problems = Problems(ConfigError)
+    settings, sources, training = LaunchSettings(), {}, None
+    try:
+        loaded = load_site(find_site(site), read_options(launcher, own))
+        settings, sources = loaded.settings, loaded.sources
+    except ConfigError as error:
+        problems.items.append(error)
+    program = program_words[0] if program_words else ""
+    if program not in MODULES:
+        close = nearest(program, MODULES) if program else []
+        problems.add(f"`{program}` is not a program." if program else "No program was given after `--`.",
+                     f"-- {close[0] if close else 'pretrain'} CONFIG [key=value ...]")
+    elif program in TRAINING:
+        try:
+            training = _training(program, program_words[1:])
+        except ConfigError as error:
+            problems.items.append(error)
+    if launcher == "local" and settings.gpus_per_node is None:
+        settings.gpus_per_node = 0 if settings.processes_per_node else visible_gpus()
+    problems.raise_if_any()
+    request = Request(launcher, program, list(program_words[1:]), settings, sources, dry_run, training)
+    check_worlds(request)
+    return request
+
+
+def _take(words: list[str], option: str) -> tuple[str | None, list[str]]:
+    """The value of `--option VALUE` or `--option=VALUE`, and the other words."""
+    for at, word in enumerate(words):
+        if word == option and at + 1 < len(words):
+            return words[at + 1], [*words[:at], *words[at + 2:]]
+        if word.startswith(f"{option}="):
+            return word.partition("=")[2], [*words[:at], *words[at + 1:]]
+    return None, words
+
+
+def read_options(launcher: str, words: Sequence[str]) -> dict[str, Any]:
+    """Words before `--` -> {dotted key of `LaunchSettings`: value}. `--nproc` is `--processes-per-node`."""
+    fields = dict(known_fields(LaunchSettings))
+    section = SECTIONS[launcher]
+    flags, rest = {}, []
+    words = list(words)
+    for at, word in enumerate(words):
+        key = _full(word.lstrip("-").partition("=")[0].replace("-", "_"), section, fields)
+        info = fields.get(key)
+        after = words[at + 1] if at + 1 < len(words) else "--"
+        if info is not None and "=" not in word and info.annotation is bool and (after.startswith("-") or "=" in after):
+            flags[key] = True  # --exclusive
+        else:
+            rest.append(word)
+    found = {_full(key, section, fields): value for key, value in parse_overrides(rest).items()}
+    for key, value in found.items():  # 24:00 and 0123 are texts where a text is wanted
+        info = fields.get(key)
+        if info is not None and str in (info.annotation, *get_args(info.annotation)) and isinstance(value, (int, float)):
+            found[key] = str(value)
+    return {**found, **flags}
+
+
+def _full(key: str, section: str, fields: dict[str, Any]) -> str:
+    key = {"nproc": "processes_per_node", "nproc_per_node": "processes_per_node"}.get(key, key)
+    if key not in fields and section and f"{section}.{key}" in fields:
+        return f"{section}.{key}"
+    return key
+
+
+def _training(program: str, words: Sequence[str]) -> ProgramSettings | None:
+    from tubelet.program.settings import load_command, parse_command
+
+    command = parse_command(words)
+    if command.help or command.print_config:
+        return None
+    cls = getattr(importlib.import_module(f"{program}.settings"), TRAINING[program])
+    return load_command(cls, command).settings
+
+
+def visible_gpus() -> int:
+    """GPUs that processes of this machine would see, without asking torch; 0 when there are none."""
+    given = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if given is not None:
+        return len([item for item in given.split(",") if item.strip() and item.strip() != "-1"])
+    folder = Path("/proc/driver/nvidia/gpus")
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
+
+
+def check_worlds(request: Request) -> None:
+    """Every number of nodes that the job may get must be able to deal the global batch. Raises `ConfigError`.
+
+    A hostfile says by itself how many processes there are, and is checked where it is read.
+    """
+    if request.training is None or request.launcher == "hostfile":
+        return
+    low, high = request.settings.node_range
+    per_node, fitting, problem = request.settings.tasks_per_node, [], None
+    for nodes in range(low, high + 1):
+        try:
+            check_world(request, nodes * per_node)
+            fitting.append(nodes)
+        except ConfigError as error:
+            problem = problem or error
+    if problem is None:
+        return
+    if low == high:
+        raise problem
+    wrong = [nodes for nodes in range(low, high + 1) if nodes not in fitting]
+    raise ConfigError(f"`--nodes {request.settings.nodes}` may give {_listed(wrong)} nodes, and global_batch_size "
+                      f"{request.training.global_batch_size} cannot be dealt to {per_node} processes on each of so many: "
+                      f"{problem.problem}",
+                      f"one of these numbers of nodes: {_listed(fitting)}" if fitting else problem.hint)
+
+
+def check_world(request: Request, size: int) -> None:
+    """Raises `ConfigError` when the program's global batch cannot be dealt to `size` processes."""
+    from tubelet.program.settings import micro_batch_of
+
+    if request.training is not None:
+        micro_batch_of(request.training, size)
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:12])) + (" ..." if len(numbers) > 12 else "")
