@@ -1,6 +1,6 @@
 """Where scalars, pictures and histograms go: `metrics.jsonl` always, TensorBoard and Weights & Biases on request.
 
-    metrics.jsonl        one row a log step, the truth about the curves
+    metrics.jsonl        one row a log step with its time (seconds since 1970), the truth about the curves
     tensorboard/         event files
     inputs/step-*.png    sheets of augmented inputs, for those who have no TensorBoard; other pictures in images/<tag>/
     wandb/  wandb-id.txt the W&B run and its name over all starts
@@ -17,6 +17,7 @@ from __future__ import annotations
 import os
 import re
 import secrets
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -103,7 +104,8 @@ class Trackers:
         if not self.enabled or not values:
             return
         plain = {tag: float(value) for tag, value in values.items()}
-        self._try("metrics.jsonl", lambda: files.append_jsonl(self.path, [{"step": step, **plain}]))
+        row = {"step": step, "time": round(time.time(), 3), **plain}
+        self._try("metrics.jsonl", lambda: files.append_jsonl(self.path, [row]))
         self._on_tensorboard(lambda writer: [writer.add_scalar(tag, value, step) for tag, value in plain.items()])
         if self.wandb:
             self.wandb.log(step, plain)
