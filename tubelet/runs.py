@@ -92,6 +92,14 @@ def _git(*words: str) -> str:
     return done.stdout if done.returncode == 0 else ""
 
 
+def alive(attempt: Attempt) -> bool | None:
+    """Whether the process of an attempt still runs; None on another host, which cannot tell."""
+    if attempt.host != socket.gethostname():
+        return None
+    started = _pid_started(attempt.pid)
+    return bool(started) and started == attempt.pid_started
+
+
 class Run:
     """A run folder. All methods are for rank 0 unless they only read."""
 
@@ -161,10 +169,9 @@ class Run:
     def _may_follow(self, last: Attempt, job: str) -> None:
         if self.ended(last) or self.settings.take_over or (job and last.job == job):
             return
-        if last.host == socket.gethostname():
-            started = _pid_started(last.pid)
-            if not started or started != last.pid_started:
-                return  # that process is gone
+        if (runs := alive(last)) is False:
+            return  # that process is gone
+        if runs:
             state = f"process {last.pid} on this host, which is still running"
         else:
             state = f"process {last.pid} on host {last.host}" + (f" (job {last.job})" if last.job else "")
