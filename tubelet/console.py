@@ -39,10 +39,11 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
     if sys.stdout.isatty():
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(*columns, title=title, title_justify="left")
         for row in rows:
-            table.add_row(*row)
+            table.add_row(*map(Text, row))  # as it is: [head] in a cell is no markup
         Console().print(table)
         return
     widths = [max(len(line[i]) for line in [list(columns), *rows]) for i in range(len(columns))]
