@@ -1,6 +1,6 @@
 """Start a program on many processes, here or on a cluster.
 
-    python -m launch {local,hostfile,slurm,k8s} [resources] [--dry-run] -- PROGRAM WORDS
+    python -m launch {local,hostfile,slurm,k8s} [resources] [--dry-run] -- PROGRAM CONFIG [key=value ...]
 
 PROGRAM is pretrain, finetune, evaluate, doctor, data or models. The same words for resources hold for every launcher; a site
 keeps its defaults in one YAML (--site FILE, $TUBELET_SITE, ./site.yaml, ~/.config/tubelet/site.yaml). The program's
