@@ -20,8 +20,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
+from tubelet.engine import selective
 from tubelet.engine.settings import ActivationCheckpointing, CompileSettings
 from tubelet.errors import ConfigError
 
@@ -81,26 +82,28 @@ def apply_activation_checkpointing(module: nn.Module, settings: ActivationCheckp
 
 
 class _Recomputed:
-    """A block's `forward` that keeps its inputs only (and with `selective` the results of products)."""
+    """A block's `forward` that keeps its inputs only (and with `products` what selective.py keeps)."""
 
-    def __init__(self, forward: Callable[..., Any], block: nn.Module, selective: bool):
-        self.forward, self.block, self.selective = forward, block, selective
+    def __init__(self, forward: Callable[..., Any], block: nn.Module, products: bool):
+        self.forward, self.block, self.products = forward, block, products
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.forward(*args, **kwargs)
         if torch.compiler.is_compiling():  # the compiler recomputes without touching the statistics again
-            if self.selective:
-                return checkpoint(self.forward, *args, use_reentrant=False, context_fn=_keep_products, **kwargs)
+            if self.products:
+                return checkpoint(self.forward, *args, use_reentrant=False, context_fn=selective.compiled_contexts, **kwargs)
             return checkpoint(self.forward, *args, use_reentrant=False, **kwargs)
-        contexts = functools.partial(_contexts, self.block, self.selective)
-        return checkpoint(self.forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+        forward, first, again = self.forward, contextlib.nullcontext(), contextlib.nullcontext()
+        if self.products:
+            first, again = selective.contexts()
+            forward = functools.partial(_kept_from, self.forward, first)
+        again = _without_statistics(self.block, again)
+        return checkpoint(forward, *args, use_reentrant=False, context_fn=lambda: (first, again), **kwargs)
 
 
-def _contexts(block: nn.Module, selective: bool) -> tuple[Any, Any]:
-    """Contexts of the forward pass and of the recomputation."""
-    first, again = _keep_products() if selective else (contextlib.nullcontext(), contextlib.nullcontext())
-    return first, _without_statistics(block, again)
+def _kept_from(forward: Callable[..., Any], keep: selective.Keep, *args: Any, **kwargs: Any) -> Any:
+    return keep.returned(forward(*args, **kwargs))
 
 
 @contextlib.contextmanager
@@ -115,32 +118,6 @@ def _without_statistics(block: nn.Module, inner: Any) -> Iterator[None]:
     finally:
         for norm, (momentum, count) in zip(norms, before):
             norm.momentum, norm.num_batches_tracked = momentum, count
-
-
-_aten = torch.ops.aten
-_PRODUCTS = {_aten.mm.default, _aten.addmm.default, _aten.bmm.default, _aten.baddbmm.default, _aten.convolution.default}
-_ATTENTION = {
-    _aten._scaled_dot_product_flash_attention.default: 3,
-    _aten._scaled_dot_product_efficient_attention.default: 5,
-    _aten._scaled_dot_product_cudnn_attention.default: 5,
-    _aten._scaled_dot_product_flash_attention_for_cpu.default: 3,
-}
-"""Fused attention and the place of `dropout_p` among its arguments."""
-
-
-def _policy(_: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if operation in _PRODUCTS:
-        return CheckpointPolicy.MUST_SAVE
-    if operation in _ATTENTION:
-        # Dropout inside of attention draws random numbers: not drawing them again would shift all that come behind.
-        place = _ATTENTION[operation]
-        dropout = kwargs.get("dropout_p", args[place] if len(args) > place else 0.0)
-        return CheckpointPolicy.MUST_SAVE if dropout == 0 else CheckpointPolicy.PREFER_RECOMPUTE
-    return CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def _keep_products() -> tuple[Any, Any]:
-    return create_selective_checkpoint_contexts(_policy)
 
 
 # ------------------------------------------------------------------------------------------------- compilation

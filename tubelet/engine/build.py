@@ -10,11 +10,11 @@ with                           plain        ZeRO-1, 2    ZeRO-3              why
 fp32, amp                      yes          yes          yes
 bf16                           no           yes          yes                 no fp32 masters
 recompute full                 yes          yes          yes
-recompute selective            compiled     compiled     compiled            wrong gradients
+recompute selective            yes          yes          yes
 compile                        yes          yes          yes
 compile and recompute          yes          yes          yes
 sync_batch_norm                yes          yes          yes
-sync_batch_norm and recompute  full         full         full
+sync_batch_norm and recompute  yes          yes          yes
 sync_batch_norm and compile    no           no           no                  collectives in blocks
 grad_accum_dtype fp32 in bf16  no bf16      ZeRO-2       yes                 BF16_Optimizer at 1
 ============================== ============ ============ =================== ===================
@@ -101,11 +101,6 @@ def check_combination(settings: EngineSettings, module: nn.Module, device: torch
             check()
         except ConfigError as error:
             problems.items.append(error)
-    recompute = settings.activation_checkpointing
-    if recompute and recompute.mode == "selective" and not settings.compile:
-        problems.add("activation_checkpointing.mode is selective without compile: torch's selective recomputation gave "
-                     "gradients that were a little wrong in some steps (torch 2.15; a hundred-thousandth of the norm with "
-                     "the plain engine, a hundredth at ZeRO-3).", "activation_checkpointing.mode=full, or compile={}")
     if settings.sync_batch_norm and not has_batch_norm(module):
         problems.add(f"sync_batch_norm is set, but {type(module).__name__} has no BatchNorm.", "sync_batch_norm=false")
     if settings.sync_batch_norm and settings.compile:
