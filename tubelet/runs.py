@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,8 @@ class Run:
         self.settings = settings
         self.folder = Path(settings.dir) / settings.name
         self.attempt: Attempt | None = None
+        self.number = 0
+        """The number of this start, on every rank of a program once the folder is claimed; 0 before."""
 
     def has_checkpoints(self) -> bool:
         """True when the folder holds at least one published checkpoint, verified or not."""
@@ -161,7 +164,7 @@ class Run:
         diff = _git("diff", "HEAD")
         if diff:
             files.write_atomic(stem.with_suffix(".diff"), diff)
-        self.attempt = attempt
+        self.attempt, self.number = attempt, number
         self._warn_if_code_changed(attempts, attempt, diff)
         self.event("start", attempt=number, host=attempt.host, world_size=world_size, commit=attempt.commit)
         return attempt
@@ -225,7 +228,7 @@ class Run:
 
     def event(self, kind: str, **details: Any) -> None:
         """Append one line to `events.jsonl`; it is printed instead when the disk takes no more."""
-        stamp = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        stamp = datetime.now().astimezone().isoformat(timespec="milliseconds")
         row = {"event": kind, "at": stamp, **details}
         try:
             files.append_jsonl(self.folder / "events.jsonl", [row])
