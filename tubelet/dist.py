@@ -14,6 +14,7 @@ import os
 import signal
 import socket
 import subprocess
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -354,6 +355,16 @@ def all_failing(wait_seconds: float = 3.0) -> bool:
 
     if not (dist.is_available() and dist.is_initialized()):
         return False
+    answers: list[bool] = []  # asked for in a thread: a store behind a network that is cut never answers
+    thread = threading.Thread(target=lambda: answers.append(_all_fail(wait_seconds)), name="tubelet-leaving", daemon=True)
+    thread.start()
+    thread.join(wait_seconds + 1)
+    return answers == [True]
+
+
+def _all_fail(wait_seconds: float) -> bool:
+    import torch.distributed as dist
+
     try:
         store, size, until = dist.distributed_c10d._get_default_store(), dist.get_world_size(), time.time() + wait_seconds
         store.add("tubelet-failing", 1)

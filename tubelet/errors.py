@@ -16,9 +16,10 @@ EXIT_ERROR = 1
 EXIT_PREEMPTED = 85  # saved, restart me
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells have it
 EXIT_SUPERSEDED = 86  # a newer attempt owns this run folder
+EXIT_LOST = 87  # a rank or the connection to it was lost, or a collective timed out: the run can be started again
 
 BEGUN = "tubelet_run_begun"
-"""Attribute of an error: True when the run folder was claimed before, so that its logs are this start's."""
+"""Attribute of an error: the number of this start if it had claimed the run folder, whose logs are its own then; else 0."""
 OWN = "tubelet_own_error"
 """Attribute of an error: True when one rank may have it alone, with no log to write it to yet."""
 
@@ -57,6 +58,12 @@ class SupersededError(RunError):
     """Another attempt has taken over this run folder: leave without writing."""
 
     exit_code = EXIT_SUPERSEDED
+
+
+class LostError(TubeletError):
+    """Another rank, or the connection to it, is gone or silent: the run itself is well, and can be started again."""
+
+    exit_code = EXIT_LOST
 
 
 class Problems:

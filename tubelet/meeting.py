@@ -9,7 +9,7 @@ import re
 import socket
 from dataclasses import dataclass, field
 
-from tubelet.errors import TubeletError
+from tubelet.errors import LostError, TubeletError
 
 DOING = {"": "starting or ending", "train": "training", "save": "saving or restoring", "evaluate": "evaluating"}
 """What a rank may be doing, as `dist.patience` calls it; "" = outside of any, where ranks wait for hours if need be."""
@@ -22,7 +22,8 @@ _TORCHS_OWN = ("DistError", "DistBackendError", "DistNetworkError", "DistStoreEr
 _COLLECTIVE = re.compile(r"\b(gloo|nccl|c10d|TCPStore|ProcessGroup\w*)\b|pair closure|connection closed by peer \[", re.I)
 _TIMED_OUT = re.compile(r"timed out|time-?out", re.I)
 _GONE = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited|connection refused|was aborted|"
-                   r"connection was (?:likely )?closed|failed to recv", re.I)
+                   r"failed to recv|connection was (?:likely )?closed|no route to host|"
+                   r"(?:network|host) is (?:unreachable|down)", re.I)
 _MILLISECONDS = re.compile(r"(?:waiting|after|ran for)\s(\d+) ?(?:ms|milliseconds)")
 
 
@@ -63,7 +64,8 @@ def explanation(error: BaseException, meeting: Meeting) -> TubeletError | None:
 
 
 def _never_met(text: str) -> TubeletError:
-    return TubeletError(
+    kind = LostError if _TIMED_OUT.search(text) else TubeletError  # a node that comes too late, or a port that is taken
+    return kind(
         f"The ranks did not meet: {text.splitlines()[0][:300]}",
         "check that every node started its ranks, that MASTER_ADDR can be reached from all of them, that no firewall closes "
         "MASTER_PORT and that no other job uses it")
@@ -74,7 +76,7 @@ def _late(text: str, meeting: Meeting, what: str) -> TubeletError:
     seconds = int(said.group(1)) / 1000 if said else limit
     waited = f" after {seconds:g} s" if seconds else ""
     rule = f" ({setting}={limit:g})" if setting and limit else ""
-    return TubeletError(
+    return LostError(
         f"A collective timed out{waited} while {DOING[what]}{rule}. {meeting.witness or 'A rank did not arrive.'}",
         (f"a higher {setting} if that rank was only slow; else " if setting else "") +
         "look for the rank that is missing in the report of the watchdog, in logs/stacks-rank-*.txt of the run folder and "
@@ -83,7 +85,7 @@ def _late(text: str, meeting: Meeting, what: str) -> TubeletError:
 
 def _lost(text: str, meeting: Meeting, what: str) -> TubeletError:
     seen = f" {meeting.witness}" if meeting.witness else ""
-    return TubeletError(
+    return LostError(
         f"Lost the connection to {_peer(text, meeting)} while {DOING[what]}: its process ended, or left after an error of "
         f"its own.{seen}",
         "read logs/first-error-*.txt and logs/rank-*.txt of the run folder; with nothing there the process was killed from "

@@ -166,7 +166,7 @@ class WatchSettings(Settings):
     """Without a step for so long every rank writes the stacks of its threads to `logs/` and the rank that is missing is
     named. Starting, saving and evaluating are given their own time-outs instead."""
     exit_seconds: float | None = free(None, gt=0)
-    """Leave with exit code 1 so long after the stacks were written, so that a scheduler can restart the job; null = the
+    """Leave with exit code 87 so long after the stacks were written, so that a scheduler can restart the job; null = the
     collective time-out decides."""
     straggler_ratio: float = free(1.3, gt=1)
     """Say which rank is slow when its own time a step (without waiting for others) is above this many times the median."""

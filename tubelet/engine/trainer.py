@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from tubelet import dist
+from tubelet import dist, first_error
 from tubelet.engine.checkpoint.load import FROM_SETTINGS, restore
 from tubelet.engine.deadline import Deadline
 from tubelet.engine.digest import DigestFile
@@ -36,7 +36,7 @@ from tubelet.engine.state import Beginning, TrainState
 from tubelet.engine.trackers import Trackers
 from tubelet.engine.view import View
 from tubelet.engine.watchdog import Watchdog
-from tubelet.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, DataError, RunError, TubeletError
+from tubelet.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_PREEMPTED, DataError, RunError, TubeletError
 from tubelet.runs import Run
 from tubelet.seeding import hash_seed
 
@@ -402,6 +402,11 @@ class Trainer:
         self.keeper.close()
         self.loader.close()
 
+    def lost(self, sentence: str) -> None:
+        """The watchdog is about to end this process: write down that this start failed, and why."""
+        first_error.keep(self.run.folder, self.run.number, rank=self.world.rank, code=EXIT_LOST, error=sentence)
+        self.run.end("failed", EXIT_LOST, error=sentence)  # of rank 0: another host may then go on with the run
+
     @contextmanager
     def watched(self) -> Iterator[StopFlag]:
         """The loop's surroundings: signals become a flag, and somebody looks on whether all ranks move."""
@@ -410,7 +415,7 @@ class Trainer:
             stop = self.stop or stack.enter_context(StopFlag(settings.preempt_grace_seconds))
             dist.mark_waits(self.phases("wait"))
             stack.enter_context(Watchdog(
-                self.phases, settings.watch, self.world, folder=self.run.folder, event=self.run.event,
+                self.phases, settings.watch, self.world, folder=self.run.folder, event=self.run.event, lost=self.lost,
                 limits={"start": max(limits, share * settings.save_timeout_seconds),
                         "restore": share * settings.save_timeout_seconds, "save": share * settings.save_timeout_seconds,
                         "evaluate": share * settings.eval_timeout_seconds}))

@@ -24,22 +24,35 @@ from tubelet.engine.hangs import describe, hint, missing
 from tubelet.engine.heartbeat import Heard, Heartbeat
 from tubelet.engine.phases import LONG, Phases
 from tubelet.engine.settings import WatchSettings
-from tubelet.errors import EXIT_ERROR
+from tubelet.engine.signals import tell_launcher
+from tubelet.errors import EXIT_LOST
+
+STORAGE_SECONDS = 10.0
+"""How long storage may take to keep what the watchdog writes: storage that hangs is a usual reason for a hang."""
+
+
+def _within(seconds: float, action: Callable[[], None]) -> None:
+    """Do it in a thread of its own, and go on after so many seconds whether it is done or not."""
+    thread = threading.Thread(target=action, name="tubelet-watchdog-writes", daemon=True)
+    thread.start()
+    thread.join(seconds)
 
 
 class Watchdog:
     """A context manager around the loop; all ranks enter it together, and leave it each for itself.
 
     `limits`: seconds that the long phases may take, by name (`start`, `restore`, `save`, `evaluate`); one that is not in it
-    is not watched. They should lie below the time-outs of collectives, which else end the job first. All other phases have
+    is not watched. They should lie below the time-outs of collectives, which else end the job first. An evaluation may take
+    longer, if no batch of it does (`Phases.progress`). All other phases have
     `settings.stall_seconds`; until the first step is finished the limit of `start`, if longer, since that step compiles.
     `folder` is the run's: stacks go to its `logs/`. `event(kind, **details)` is told of `stall`, `stall_over` and
-    `stall_exit`, on the one rank that speaks.
+    `stall_exit`, on the one rank that speaks. `lost(sentence)` is told there, before the process leaves by itself.
     """
 
     def __init__(self, phases: Phases, settings: WatchSettings, world: dist.World, *, folder: Path,
-                 limits: Mapping[str, float], event: Callable[..., None]):
-        self.phases, self.settings, self.world, self.event = phases, settings, world, event
+                 limits: Mapping[str, float], event: Callable[..., None],
+                 lost: Callable[[str], None] = lambda sentence: None):
+        self.phases, self.settings, self.world, self.event, self.lost = phases, settings, world, event, lost
         self.limits = dict(limits)
         self.period = min(settings.heartbeat_seconds, min([settings.stall_seconds, *self.limits.values()]) / 3)
         self.silence = 3 * self.period + 0.5
@@ -49,6 +62,7 @@ class Watchdog:
         self._stop = threading.Event()
         self._own_alarm = False  # raised by this rank for itself, because rank 0 is silent
         self._alarmed = self._spoke = self._broken = False
+        self._said = ""
         self._leave_at = float("inf")
         self._thread = threading.Thread(target=self._run, name="tubelet-watchdog", daemon=True)
 
@@ -143,7 +157,7 @@ class Watchdog:
         before, self._alarmed = self._alarmed, self.heartbeat.alarm or self._own_alarm
         if self._alarmed and not before:
             self._leave_at = now + (self.settings.exit_seconds or float("inf"))
-            self.dump("nothing moves")
+            _within(STORAGE_SECONDS, lambda: self.dump("nothing moves"))
         elif self._alarmed and now >= self._leave_at:
             self._leave()
 
@@ -192,16 +206,17 @@ class Watchdog:
         owner, step, idle, limit = worst.beat.owner, worst.beat.step, worst.idle(now), worst.beat.limit
         lines = describe(heard, self.heartbeat.processes, now, self.silence)
         if owner in LONG:
-            title = f"stall: `{owner}` has taken {idle:.0f} s at step {step} (its limit is {limit:g} s)."
+            title = f"stall: `{owner}` has not moved for {idle:.0f} s at step {step} (its limit is {limit:g} s)."
         elif limit == self.settings.stall_seconds:
             title = f"stall: no step for {idle:.0f} s after step {step} (watch.stall_seconds={limit:g})."
         else:
             title = f"stall: the first step has taken {idle:.0f} s (the limit of a start is {limit:g} s)."
         wait = self.settings.exit_seconds
-        end = f"leaving with exit code {EXIT_ERROR} in {wait:g} s unless it moves (watch.exit_seconds)" if wait else (
+        end = f"leaving with exit code {EXIT_LOST} in {wait:g} s unless it moves (watch.exit_seconds)" if wait else (
             "the time-out of the collective ends the job; watch.exit_seconds would end it earlier")
         stacks = f"Stacks of every rank's threads: {self.stacks.parent}/stacks-rank-*.txt; {end}."
         advice = f"Try: {hint(heard, now, self.silence)}"
+        self._said = " ".join([title, *lines])
         print("\n  ".join([title, *lines, stacks, advice]), file=sys.stderr, flush=True)
         self._tell("stall", step=step, phase=owner, seconds=round(idle, 1), missing=missing(heard, now, self.silence)[0],
                    what=" ".join(lines))
@@ -215,23 +230,29 @@ class Watchdog:
         self._tell("stall_over", step=step)
 
     def _tell(self, kind: str, **details: Any) -> None:
+        _within(STORAGE_SECONDS, lambda: self._write(f"the event `{kind}`", lambda: self.event(kind, **details)))
+
+    def _write(self, what: str, action: Callable[[], None]) -> None:
         try:
-            self.event(kind, **details)
+            action()
         except Exception as error:  # a full disk must not end the watching
-            print(f"warning: the event `{kind}` could not be written: {error}", file=sys.stderr, flush=True)
+            print(f"warning: {what} could not be written: {error}", file=sys.stderr, flush=True)
 
     def _leave(self) -> None:
         try:
-            self._say_goodbye()
+            _within(STORAGE_SECONDS + 2 * self.period, self._say_goodbye)
         finally:
-            os._exit(EXIT_ERROR)  # the main thread cannot be made to leave
+            os._exit(EXIT_LOST)  # the main thread cannot be made to leave
 
     def _say_goodbye(self) -> None:
+        tell_launcher(EXIT_LOST)
         self.dump("leaving")
         if self._spoke:
             print(f"stall: nothing moved for another {self.settings.exit_seconds:g} s (watch.exit_seconds): leaving with "
-                  f"exit code {EXIT_ERROR}; the newest published checkpoint is intact", file=sys.stderr, flush=True)
-            self._tell("stall_exit", step=self.phases.step, code=EXIT_ERROR)
+                  f"exit code {EXIT_LOST}; the newest published checkpoint is intact", file=sys.stderr, flush=True)
+            self._tell("stall_exit", step=self.phases.step, code=EXIT_LOST)
+            self._write("the first error", lambda: self.lost(
+                f"{self._said} Nothing moved for another {self.settings.exit_seconds:g} s (watch.exit_seconds)."))
         if self.world.speaks:
             wait = 2 * self.period - (self.settings.exit_seconds or 0)
             time.sleep(max(0.0, wait))  # rank 0 holds the store: the others read the alarm there at their own next beats

@@ -1,7 +1,8 @@
 """The frame around a program: command line in, exit code out, errors said once.
 
-Exit codes: 0 finished, 85 saved and to be restarted, 86 another attempt has the run, 130 interrupted and saved, others
-are errors. Errors of any rank go to `logs/rank-NNNN.txt` with the host name; the first of them is printed.
+Exit codes: 0 finished, 85 saved and to be restarted, 86 another attempt has the run, 87 a rank or the connection to it was
+lost or a collective timed out (start it again), 130 interrupted and saved, others are errors. Errors of any rank go to
+`logs/rank-NNNN.txt` with the host name; the first of them is printed, and kept as `logs/first-error-NNNN`.
 """
 
 from __future__ import annotations
@@ -10,15 +11,24 @@ import os
 import signal
 import socket
 import sys
-import time
 import traceback
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
 
-from tubelet import dist, files
+from tubelet import dist, first_error
 from tubelet.engine.signals import StopFlag, Stopped, rank_of_environment, tell_launcher
-from tubelet.errors import BEGUN, EXIT_ERROR, OWN, ConfigError, Problems, TubeletError
+from tubelet.errors import (
+    BEGUN,
+    EXIT_ERROR,
+    EXIT_LOST,
+    EXIT_SUPERSEDED,
+    OWN,
+    ConfigError,
+    Problems,
+    TubeletError,
+)
 from tubelet.program.settings import ProgramSettings, help_text, load_command, parse_command
+from tubelet.redact import redact
 
 
 def run_program(name: str, what: str, cls: type[ProgramSettings], words: Sequence[str]) -> int:
@@ -55,37 +65,35 @@ def run_program(name: str, what: str, cls: type[ProgramSettings], words: Sequenc
             if isinstance(error, Stopped) and stop.starting and rank == 0:
                 print(f"{error.reason} while starting: leaving with exit code {error.code}", flush=True)
             code = error.code if isinstance(error, Stopped) else report(
-                dist.explain(error) or error, rank, folder if getattr(error, BEGUN, False) else None,
-                own=getattr(error, OWN, False))
-            everywhere = isinstance(error, Stopped) or (dist.EXIT_DIR in os.environ and dist.all_failing())
+                dist.explain(error) or error, rank, folder, start=getattr(error, BEGUN, 0), own=getattr(error, OWN, False))
+            everywhere = isinstance(error, Stopped) or (
+                dist.EXIT_DIR in os.environ and code != EXIT_LOST and dist.all_failing())
         return _leave(code, everywhere)
 
 
-def report(error: Exception, rank: int, folder: Path | None, own: bool = False) -> int:
+def report(error: Exception, rank: int, folder: Path | None, start: int = 0, own: bool = False) -> int:
     """Write this rank's error to its log and print it if it is the first of this start. Returns the exit code.
 
-    `folder`: the run's, None before this start has claimed it (the logs there are then of another start, and its first
-    error too). Errors before that are the same on all ranks and rank 0 speaks, but for those that are this rank's `own` and
-    those that nobody foresaw.
+    `start`: the number of this start, 0 before it has claimed the run's folder (the logs there are then of another start,
+    and its first error too). Errors before that are the same on all ranks and rank 0 speaks, but for those that are this
+    rank's `own` and those that nobody foresaw.
     """
     known = isinstance(error, TubeletError)
     text = f"error: {error}" if known else "".join(traceback.format_exception(error)).rstrip()
     where = f"[rank {rank} on {socket.gethostname()}]"
+    code = error.exit_code if isinstance(error, TubeletError) else EXIT_ERROR
     first = rank == 0 or own or not known
-    logs = folder / "logs" if folder else None
-    if logs and logs.is_dir():
+    if folder and start and (folder / "logs").is_dir():
         try:
-            with open(logs / f"rank-{rank:04d}.txt", "a") as file:
-                file.write(f"{where} {''.join(traceback.format_exception(error))}\n")
-            if rank and known and not own:
-                time.sleep(0.5)  # what all ranks raise together rank 0 says
-            newest = max((path.stem for path in (logs.parent / "attempts").glob("[0-9]*.yaml")), default="0000")
-            first = files.create_exclusive(logs / f"first-error-{newest}.txt", f"{where} {text}\n")
+            with open(folder / "logs" / f"rank-{rank:04d}.txt", "a") as file:
+                file.write(f"{where} {redact(''.join(traceback.format_exception(error)))}\n")
+            if code != EXIT_SUPERSEDED:  # nothing went wrong
+                first = first_error.keep(folder, start, rank=rank, code=code, error=text, common=known and not own)
         except OSError:
             pass  # a full disk must not hide the error
     if first:
         print(f"{text}" if known and rank == 0 else f"{where} {text}", file=sys.stderr, flush=True)
-    return error.exit_code if isinstance(error, TubeletError) else EXIT_ERROR
+    return code
 
 
 def meet_accelerate(env: MutableMapping[str, str]) -> list[str]:

@@ -29,7 +29,7 @@ from tubelet.engine.schedule import check_schedule
 from tubelet.engine.signals import StopFlag, Stopped
 from tubelet.engine.trackers import check as check_trackers
 from tubelet.engine.trainer import Beginning, Trainer, TrainState
-from tubelet.errors import BEGUN, OWN, CheckpointError, ConfigError, Problems, RunError
+from tubelet.errors import BEGUN, EXIT_ERROR, OWN, CheckpointError, ConfigError, Problems, RunError
 from tubelet.models.build import build_model, hub_config, model_cfg, set_picture_cfg
 from tubelet.models.cost import flops_per_sample_training, input_shape
 from tubelet.objectives.classification import Classification
@@ -52,16 +52,15 @@ def train(loaded: Loaded[P], world: dist.World, stop: StopFlag) -> dict[str, flo
         setattr(error, OWN, True)
         raise
     quiet()
-    begun = False
     try:
         if settings.deterministic:
             make_deterministic()
         stop.raise_if_asked(together=True)  # before this start is written down as an attempt
         dist.together(lambda: run.begin(world.size, said, lambda: checkpoints_elsewhere(settings, run))
                       if world.speaks else None)
-        begun = True
+        run.number = dist.broadcast(run.attempt.number if run.attempt else 0)
         if world.speaks:
-            print(f"# {run.folder}, attempt {run.attempt.number if run.attempt else 0}, {world.size} process(es) on "
+            print(f"# {run.folder}, attempt {run.number}, {world.size} process(es) on "
                   f"{device.type}, micro batch {micro_batch_size} x "
                   f"{settings.global_batch_size // (micro_batch_size * world.size)} x {world.size} = global batch "
                   f"{settings.global_batch_size}\n{said}", flush=True)
@@ -90,9 +89,10 @@ def train(loaded: Loaded[P], world: dist.World, stop: StopFlag) -> dict[str, flo
                       "data": {"fingerprint": data.train.fingerprint, "recorded": data.train.recorded_state()}})
         return trainer.fit()
     except Exception as error:
-        setattr(error, BEGUN, begun)
+        setattr(error, BEGUN, run.number)
         if world.speaks and run.attempt is not None and not isinstance(error, Stopped):
-            run.end("failed", getattr(error, "exit_code", 1), error=redact(f"{type(error).__name__}: {error}")[:2000])
+            told = dist.explain(error) or error
+            run.end("failed", getattr(told, "exit_code", EXIT_ERROR), error=redact(f"{type(told).__name__}: {told}")[:2000])
         raise
 
 
