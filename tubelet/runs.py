@@ -141,9 +141,8 @@ class Run:
         aside ("" = there are none).
         """
         job, restarts = scheduler_job(os.environ)
+        self.check_owner(job)
         attempts = self.attempts()
-        if attempts:
-            self._may_follow(attempts[-1], job)
         same_job = bool(attempts and job and attempts[-1].job == job)
         if self.settings.overwrite and not same_job and (place := elsewhere()):
             raise RunError(f"run.overwrite=true keeps the old run by renaming its folder; its checkpoints lie in {place}.",
@@ -168,6 +167,11 @@ class Run:
         self._warn_if_code_changed(attempts, attempt, diff)
         self.event("start", attempt=number, host=attempt.host, world_size=world_size, commit=attempt.commit)
         return attempt
+
+    def check_owner(self, job: str) -> None:
+        """Raises `RunError` when another job than `job` may still be writing the folder, as far as this host can tell."""
+        if attempts := self.attempts():
+            self._may_follow(attempts[-1], job)
 
     def _may_follow(self, last: Attempt, job: str) -> None:
         if self.ended(last) or self.settings.take_over or (job and last.job == job):
