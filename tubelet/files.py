@@ -100,13 +100,15 @@ class HashingFile:
 
     `with HashingFile(path) as file: file.write(...)` then `file.sha256`, `file.nbytes`. Large pieces are hashed by a second
     thread while this one writes, so they must not change before the file is closed. The kernel is asked to begin writing
-    early, so that the fsync at the end finds little left. A `UPath` on an object store is written through its own `open`:
-    there the object exists once it is closed, and not at all after an error.
+    early, so that the fsync at the end finds little left. `exclusive`: a file of that name must not be there yet, or it is
+    a FileExistsError. A `UPath` on an object store is written through its own `open`: there the object exists once it is
+    closed, and not at all after an error; it replaces one that is there.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, exclusive: bool = False):
         self.remote = hasattr(path, "storage_options")
-        self.file: Any = path.open("wb") if self.remote else open(path, "wb")  # type: ignore[union-attr]
+        mode = "xb" if exclusive else "wb"
+        self.file: Any = path.open("wb") if self.remote else open(path, mode)  # type: ignore[union-attr]
         self._digest = hashlib.sha256()
         self._pieces: queue.Queue[Any] = queue.Queue(_PIECES_AHEAD)
         self._thread: threading.Thread | None = None

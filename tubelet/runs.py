@@ -218,6 +218,12 @@ class Run:
                                   f"{self.attempt.number:04d}, which leaves without writing.",
                                   "nothing, if you restarted the run elsewhere; its checkpoints are untouched")
 
+    @property
+    def successor(self) -> Path | None:
+        """The file that the next attempt begins with: once it is there this one has lost the run. Known on every rank;
+        None before the folder is claimed."""
+        return self.folder.absolute() / "attempts" / f"{self.number + 1:04d}.json" if self.number else None
+
     def end(self, how: str, code: int, **details: Any) -> None:
         """Record how this attempt ended, so that the next start need not guess."""
         if self.attempt is None:
