@@ -75,7 +75,7 @@ class Objective:
 
 
 def little_trainer(folder, world, device, *, name="r", loader=None, objective=None, beginning=None, total_steps=6,
-                   micro_batch_size=2, eval_loaders=(), on_eval=None, **changes):
+                   micro_batch_size=2, eval_loaders=(), on_eval=None, phases=None, **changes):
     """A `Trainer` of run `name` in `folder`, seed and weights always the same. All ranks call it."""
     settings = EngineSettings(**{
         "global_batch_size": G, "optimizer": {"lr": 0.1, "name": "sgd"}, "engine": "plain", "precision": "fp32",
@@ -89,7 +89,8 @@ def little_trainer(folder, world, device, *, name="r", loader=None, objective=No
     return Trainer(settings, run=run, world=world, engine=engine, objective=objective or Objective(),
                    loader=loader or Numbers(world, micro_batch_size, global_batch_size=settings.global_batch_size),
                    micro_batch_size=micro_batch_size, total_steps=total_steps, manifest={"config": {}},
-                   beginning=beginning or Beginning("scratch"), eval_loaders=eval_loaders, on_eval=on_eval)
+                   beginning=beginning or Beginning("scratch"), eval_loaders=eval_loaders, on_eval=on_eval,
+                   phases=phases)
 
 
 def weights(trainer):

@@ -11,6 +11,7 @@ from little_run import Objective, little_trainer
 from tubelet import dist
 from tubelet.engine.checkpoint.folder import published, read_best
 from tubelet.engine.checkpoint.load import read_manifest
+from tubelet.engine.phases import Phases
 from tubelet.engine.trainer import Beginning, Stopped, TrainState
 from tubelet.errors import BEGUN, ConfigError, DataError
 from tubelet.program.main import report
@@ -111,6 +112,24 @@ def test_an_evaluation_that_is_not_finite_is_no_best(trainer, tmp_path):
     running.fit()
     best = read_best(tmp_path / "r")
     assert best and (best["step"], best["value"]) == (6, 1.0)
+
+
+def test_a_long_evaluation_moves_with_every_batch_and_stands_where_a_batch_does(trainer):
+    """On a clock that the test moves: 2000 s for the first batch of each set, 3000 s for the second; an hour is allowed."""
+    now, seen = 0.0, []
+
+    class Slow(Pictures):
+        def __iter__(self):
+            nonlocal now
+            for seconds, batch in zip((2000.0, 3000.0), super().__iter__()):
+                now += seconds
+                seen.append((running.phases.standing().owner, running.phases.standing().idle))
+                yield batch
+
+    running = trainer(eval_loaders=[Slow(), Slow()], ema={"decay": 0.5}, phases=Phases(lambda: now))
+    with running.phases("evaluate"):
+        assert running.evaluation.run(lambda: False) and now == 4 * 5000
+    assert seen == 4 * [("evaluate", 2000.0), ("evaluate", 3000.0)], "time since the batch before, weights and average"
 
 
 def test_a_start_that_compiles_for_long_is_still_a_start_at_its_first_step(trainer):

@@ -21,15 +21,15 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 @torch.no_grad()
-def evaluate(engine: Engine, objective: Any, loader: EvalLoader, asked: Callable[[], bool] = lambda: False
-             ) -> dict[str, float] | None:
+def evaluate(engine: Engine, objective: Any, loader: EvalLoader, asked: Callable[[], bool] = lambda: False,
+             progress: Callable[[], None] = lambda: None) -> dict[str, float] | None:
     """Means of the objective's sums over one validation set. All ranks call it and get the same numbers.
 
     Names carry the views a sample was seen in, if the loader says so: `acc1@4x3` (four clips of three crops).
 
     Before each batch the ranks agree to go on (a small sum): when `asked` says on any of them that it is time to leave, all
     return None; a reader that fails on one is raised on all. So a long evaluation neither outlasts the grace of a signal nor
-    leaves ranks behind.
+    leaves ranks behind. `progress` is called on every rank when all have agreed to go on.
 
     Damaged samples are left out and reported as `bad_samples`. Raises `DataError` when the samples counted over all
     ranks are not exactly the others of the set.
@@ -44,6 +44,7 @@ def evaluate(engine: Engine, objective: Any, loader: EvalLoader, asked: Callable
             engine.train()
             dist.together(lambda trouble=trouble: _raise(trouble))
             return None
+        progress()
         if not there:
             break
         if batch is None:
@@ -84,8 +85,11 @@ def _raise(error: Exception | None) -> None:
 class Evaluation:
     """All validation sets of a run, with the weights and, when there is one, with their average."""
 
-    def __init__(self, engine: Engine, objective: Any, loaders: Sequence[EvalLoader], ema: ShardedEma | None):
+    def __init__(self, engine: Engine, objective: Any, loaders: Sequence[EvalLoader], ema: ShardedEma | None,
+                 progress: Callable[[], None] = lambda: None):
         self.engine, self.objective, self.loaders, self.ema = engine, objective, loaders, ema
+        self.progress = progress
+        """Called after every batch: the watchdog then waits for the next one."""
 
     def run(self, asked: Callable[[], bool]) -> dict[str, float] | None:
         """`val/...` and `val_ema/...`, or None when `asked` on any rank says that it is time to leave. All ranks call it."""
@@ -99,7 +103,7 @@ class Evaluation:
     def _weights(self, prefix: str, asked: Callable[[], bool]) -> dict[str, float] | None:
         results = {}
         for loader in self.loaders:
-            found = evaluate(self.engine, self.objective, loader, asked)
+            found = evaluate(self.engine, self.objective, loader, asked, self.progress)
             if found is None:
                 return None
             results |= {f"{self._group(prefix, loader)}/{name}": value for name, value in found.items()}

@@ -30,7 +30,7 @@ class Standing:
     seconds: float
     """How long `name` has been running."""
     idle: float
-    """Time since the last progress: a finished step, or a long phase that began or ended."""
+    """Time since the last progress: a finished step, a batch of an evaluation, or a long phase that began or ended."""
 
 
 class Phases:
@@ -61,6 +61,10 @@ class Phases:
         """A step was finished: this is the progress that the watchdog looks for."""
         self.step = step
         self.finished += 1
+        self.moved_at = self.clock()
+
+    def progress(self) -> None:
+        """A long phase has done a part of its work, such as a batch of an evaluation: it may take as long as that lasts."""
         self.moved_at = self.clock()
 
     def goes_on(self, step: int) -> None:

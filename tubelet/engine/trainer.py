@@ -72,7 +72,7 @@ class Trainer:
         self.beginning, self.state = beginning, beginning.state or TrainState()
         self.phases, self.stop = phases or Phases(), stop
         self.ema = ShardedEma(engine, settings.ema) if settings.ema else None
-        self.evaluation = Evaluation(engine, objective, eval_loaders, self.ema)
+        self.evaluation = Evaluation(engine, objective, eval_loaders, self.ema, self.phases.progress)
         self.guard, self.probe = Guard(settings.guard), LossProbe(engine.device)
         self.keeper = Keeper(run, settings, engine, manifest)
         self.deadline = Deadline(settings, speaks=world.speaks)
