@@ -219,10 +219,10 @@ class Run:
                                   "nothing, if you restarted the run elsewhere; its checkpoints are untouched")
 
     @property
-    def successor(self) -> Path | None:
-        """The file that the next attempt begins with: once it is there this one has lost the run. Known on every rank;
-        None before the folder is claimed."""
-        return self.folder.absolute() / "attempts" / f"{self.number + 1:04d}.json" if self.number else None
+    def claim(self) -> Path | None:
+        """The file by which this attempt holds the folder, on every rank; None before it is claimed. The attempt has lost the
+        run once this file is gone (the folder was set aside), or the one of the next number is there."""
+        return self.folder.absolute() / "attempts" / f"{self.number:04d}.json" if self.number else None
 
     def end(self, how: str, code: int, **details: Any) -> None:
         """Record how this attempt ended, so that the next start need not guess."""
