@@ -101,14 +101,23 @@ def draw_curves(curves: Curves, path: Path, unit: str) -> bool:
     _evaluation(axes[1][1], curves)
     for axis in axes[1]:
         axis.set_xlabel("step", color=INK)
-        axis.xaxis.set_major_formatter(lambda value, _: f"{value / 1000:g}k" if abs(value) >= 1000 else f"{value:g}")
+        axis.xaxis.set_major_formatter(lambda value, _: short(value))
     temporary = path.with_name(f".{path.name}.tmp")
     figure.savefig(temporary, format="png")
     os.replace(temporary, path)
     return True
 
 
-def _style(axis: Any, title: str) -> None:
+def short(value: float) -> str:
+    """12500 -> '12.5k', for an axis."""
+    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(value) >= size:
+            return f"{value / size:g}{unit}"
+    return f"{value:g}"
+
+
+def style(axis: Any, title: str) -> None:
+    """The look of every panel: title, grid, frame."""
     axis.set_title(title, loc="left", fontsize=11, color=INK)
     axis.grid(True, color=GRID, linewidth=0.8)
     axis.set_axisbelow(True)
@@ -122,23 +131,24 @@ def _plot(axis: Any, points: Points, color: str, **options: Any) -> None:
 
 
 def _line(axis: Any, points: Points, title: str, color: str) -> None:
-    _style(axis, title)
+    style(axis, title)
     _plot(axis, points, color, linewidth=1.6)
 
 
 def _loss(axis: Any, curves: Curves) -> None:
     points = curves.points("train/loss")
-    _style(axis, "training loss")
+    style(axis, "training loss")
     if len(points) < 50:
         return _plot(axis, points, COLORS[0], linewidth=1.6)
     _plot(axis, binned(points), COLORS[0], linewidth=0.8, alpha=0.35)
     _plot(axis, binned(smoothed(points)), COLORS[0], linewidth=1.8)
-    low, high = min(value for _, value in points), _percentile([value for _, value in points], 0.995)
+    low, high = min(value for _, value in points), percentile([value for _, value in points], 0.995)
     if high > low:  # a single spike must not press the curve flat
         axis.set_ylim(low - 0.05 * (high - low), high + 0.1 * (high - low))
 
 
-def _percentile(values: list[float], share: float) -> float:
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value below which a share (0..1) of the values lies."""
     return sorted(values)[min(int(share * len(values)), len(values) - 1)]
 
 
@@ -152,7 +162,7 @@ def _evaluation(axis: Any, curves: Curves) -> None:
     """Accuracies where there are any, otherwise losses: one unit a panel."""
     names = [name for name in curves.evaluation if "acc1" in name.rsplit("/", 1)[-1]]
     names = names or [name for name in curves.evaluation if "acc" in name.rsplit("/", 1)[-1]] or list(curves.evaluation)
-    _style(axis, "evaluation" if names else "evaluation: none yet")
+    style(axis, "evaluation" if names else "evaluation: none yet")
     for number, name in enumerate(names[:len(COLORS)]):
         _plot(axis, curves.evaluation[name], COLORS[number], linewidth=1.6, marker="o", markersize=3, label=name)
     if names:
