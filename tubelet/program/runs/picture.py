@@ -1,0 +1,155 @@
+"""Curves of several runs in one PNG. Needs matplotlib (`pip install 'tubelet[demo]'`)."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tubelet.engine.curves import COLORS, INK, binned, percentile, short, smoothed, style
+from tubelet.errors import RunError
+from tubelet.program.runs.reading import Row, number, whole
+
+AXES = {"step": "step", "samples": "samples seen", "time": "hours of training (without evaluations, saves and restarts)"}
+"""What curves may be drawn over -> the axis's label."""
+STYLES = ("-", "--", ":", "-.")
+FEW = 60
+"""A curve of fewer points is drawn as it is."""
+DECADES = 10.0
+"""A loss that falls by more than this factor is drawn on a logarithmic axis."""
+
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A run to be drawn."""
+
+    label: str
+    rows: Sequence[Row]
+    batch: int
+    """Samples of a step, for rows that do not tell the samples seen."""
+
+    def points(self, metric: str, axis: str) -> Points:
+        """(where on the axis, value) of a scalar; values that are not finite are left out. An evaluation of a step comes
+        after its log line."""
+        found, last, hours = [], 0, 0.0
+        for row in self.rows:
+            step = whole(row.get("step"))
+            if step is None:
+                continue
+            seconds = number(row, "perf/step_time")
+            if seconds is not None:
+                hours += max(step - last, 0) * seconds / 3600
+                last = step
+            value = number(row, metric)
+            if value is not None and math.isfinite(value):
+                samples = number(row, "samples_seen") or step * self.batch
+                found.append((float({"step": step, "samples": samples, "time": hours}[axis]), value))
+        return found
+
+
+def metrics_of(rows: Sequence[Row]) -> list[str]:
+    """Names of the scalars in these rows."""
+    return list(dict.fromkeys(name for row in rows for name in row if name not in ("step", "time")))
+
+
+def need_matplotlib() -> None:
+    """Raise `RunError` when pictures cannot be drawn."""
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise RunError("A picture of the curves needs matplotlib, which is not installed.",
+                       "pip install 'tubelet[demo]', or --no-picture for the tables alone") from None
+
+
+def draw(runs: Sequence[Drawn], metrics: Sequence[str], path: Path, *, axis: str = "step", smooth: bool = True) -> None:
+    """One panel a metric, one line a run, the legend above; whole or not at all. Raises `RunError` when the file cannot be
+    written."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    columns = 1 if len(metrics) == 1 else 2
+    lines = math.ceil(len(metrics) / columns)
+    figure = Figure(figsize=(5.4 * columns + 0.6, 3.1 * lines + 0.4 + 0.25 * math.ceil(len(runs) / 2)), dpi=110,
+                    layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    for panel, metric in zip(panels, metrics):
+        _panel(panel, runs, metric, axis, smooth)
+    for panel in panels[len(metrics):]:
+        panel.set_visible(False)
+    for panel in panels[max(0, len(metrics) - columns):len(metrics)]:
+        panel.set_xlabel(AXES[axis], color=INK)
+    handles = [_handle(number_) for number_ in range(len(runs))]
+    figure.legend(handles, [run.label for run in runs], loc="outside upper left", ncols=min(len(runs), 2), frameon=False,
+                  fontsize=9, labelcolor=INK)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        figure.savefig(temporary, format="png")
+        os.replace(temporary, path)
+    except OSError as error:
+        raise RunError(f"{path} cannot be written: {error.strerror or error}.", "--out another.png") from None
+
+
+def _look(number_: int) -> dict[str, Any]:
+    return {"color": COLORS[number_ % len(COLORS)], "linestyle": STYLES[number_ // len(COLORS) % len(STYLES)]}
+
+
+def _handle(number_: int) -> Any:
+    from matplotlib.lines import Line2D
+
+    return Line2D([], [], linewidth=2.2, **_look(number_))
+
+
+def _panel(panel: Any, runs: Sequence[Drawn], metric: str, axis: str, smooth: bool) -> None:
+    style(panel, TITLES.get(metric, metric))
+    shown, spikes = [], []
+    for count, run in enumerate(runs):
+        points = run.points(metric, axis)
+        if not points:
+            continue
+        look = _look(count)
+        few = len(points) < FEW
+        if smooth and not few:
+            _plot(panel, binned(points), linewidth=0.7, alpha=0.25, **look)  # type: ignore[arg-type]
+            points = smoothed(points)  # type: ignore[arg-type]
+        drawn = binned(points)  # type: ignore[arg-type]
+        _plot(panel, drawn, linewidth=1.7, marker="o" if few and len(points) < FEW // 2 else None, markersize=3, **look)
+        values = [value for _, value in run.points(metric, axis)]
+        shown += values if few else [percentile(values, 0.005), percentile(values, 0.995)]
+        spikes += values
+    if not shown:
+        panel.text(0.5, 0.5, "no run has it", ha="center", va="center", transform=panel.transAxes, color=INK)
+        return
+    _limits(panel, metric, min(shown), max(shown))
+    panel.xaxis.set_major_formatter(lambda value, _: short(value))
+    if len(set(spikes)) == 1:
+        panel.margins(y=0.3)
+
+
+def _plot(panel: Any, points: Sequence[tuple[float, float]], **look: Any) -> None:
+    panel.plot([where for where, _ in points], [value for _, value in points], **look)
+
+
+def _limits(panel: Any, metric: str, low: float, high: float) -> None:
+    """A single spike must not press the curves flat; a loss over more than a decade is drawn by its logarithm."""
+    if "loss" in metric and 0 < low and high / low > DECADES:
+        panel.set_yscale("log")
+        panel.set_ylim(low / 1.15, high * 1.15)
+    elif metric.startswith("perf/") and low >= 0:
+        panel.set_ylim(0, 1.08 * high or 1.0)
+    elif high > low:
+        panel.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
+        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if abs(value) < 1e4 else short(value))
+
+
+TITLES = {"train/loss": "training loss", "train/lr": "learning rate", "train/grad_norm": "gradient norm",
+          "perf/samples_per_sec": "throughput, samples/s", "perf/step_time": "time of a step, s",
+          "perf/data_wait_pct": "waiting for data, % of a step", "perf/mfu": "MFU, share of the device's peak",
+          "system/rss_gib": "host memory, GiB", "memory/max_allocated_gib": "GPU memory, GiB"}
+"""Scalars that have another name in a picture."""
+

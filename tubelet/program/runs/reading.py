@@ -1,0 +1,234 @@
+"""What the files of a run folder tell, read as little of as will do: a run of weeks logs a hundred thousand rows.
+
+Everything here may be written by a job at this moment, or have been cut short by a kill: what cannot be parsed is passed
+over. Nothing is written, and nothing imports torch (`tubelet.engine.checkpoint` does, so a checkpoint's manifest is read
+here as the JSON it is; whether every byte of a checkpoint is right says `tubelet ckpt verify`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from tubelet.config import parse_yaml
+from tubelet.errors import ConfigError
+
+PIECE = 1 << 14
+"""Bytes of the end of a file that are read first: about 25 rows of metrics."""
+
+Row = dict[str, Any]
+
+
+# ----------------------------------------------------------------------------------------------------- JSON lines
+
+
+def parse_rows(text: bytes) -> list[Row]:
+    """The rows of some lines of a JSON-lines file; a line that a kill has cut is left out."""
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                found.append(row)
+    return found
+
+
+@dataclass
+class Tail:
+    """The last rows of a JSON-lines file, and where the next one begins."""
+
+    rows: list[Row] = field(default_factory=list)
+    offset: int = 0
+    """Bytes up to the end of the last whole line."""
+    inode: int = 0
+
+
+def read_tail(path: Path, enough: Callable[[list[Row]], bool] = bool) -> Tail:
+    """Rows from the end of a file, as many as it takes to be `enough`, at most all. A missing file has none."""
+    try:
+        with open(path, "rb") as file:
+            found = os.fstat(file.fileno())
+            piece = PIECE
+            while True:
+                start = max(0, found.st_size - piece)
+                file.seek(start)
+                text = file.read(found.st_size - start)
+                whole = text[:text.rfind(b"\n") + 1]  # the last line may be being written
+                rows = parse_rows(whole[whole.find(b"\n") + 1:] if start else whole)
+                if enough(rows) or not start:
+                    return Tail(rows, start + len(whole), found.st_ino)
+                piece *= 4
+    except FileNotFoundError:
+        return Tail()
+
+
+def read_json(path: Path) -> Row:
+    """A JSON file that holds a mapping; {} when it is missing or damaged."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def number(row: Row, name: str) -> float | None:
+    """A scalar of a row; None when there is none, or something else stands there. It may be NaN."""
+    value = row.get(name)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+
+
+def whole(value: Any) -> int | None:
+    """`value` when it is a count, else None."""
+    return value if type(value) is int and value >= 0 else None
+
+
+def time_of(row: Row) -> float | None:
+    """When a row of metrics or an event was written, in seconds since 1970; None when it does not say."""
+    found = number(row, "time")
+    if found is None and isinstance(row.get("at"), str):
+        with contextlib.suppress(ValueError):
+            return datetime.fromisoformat(row["at"]).timestamp()
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------- settings
+
+
+def some_settings(path: Path, keys: Iterable[str]) -> Row:
+    """The named top-level settings of a `config.yaml`; {} when there is none. Only their lines are parsed: a whole file
+    takes 10 ms, and there may be hundreds."""
+    try:
+        text = path.read_text(errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    wanted = "|".join(map(re.escape, keys))
+    blocks = re.findall(rf"^(?:{wanted}):.*\n?(?:[ \t].*\n?)*", text, re.M)
+    return settings_of("".join(blocks))
+
+
+def all_settings(path: Path) -> Row:
+    """All settings of a `config.yaml`; {} when there is none or it is damaged."""
+    try:
+        return settings_of(path.read_text(errors="replace"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+
+
+def settings_of(text: str) -> Row:
+    """A mapping from YAML; {} when it is none."""
+    try:
+        found = parse_yaml(text)
+    except ConfigError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A published checkpoint, or one that a store holds and that only the log tells of."""
+
+    name: str
+    step: int
+    time: float | None
+    """When it was published, in seconds since 1970."""
+    bytes: int = 0
+    problem: str = ""
+    """What is wrong with it as far as sizes tell; "" = its files are there in full length."""
+    manifest: Row = field(default_factory=dict, compare=False, repr=False)
+
+
+def checkpoint_place(folder: Path, settings: Row) -> str | Path:
+    """Where a run's checkpoints lie: a folder, or the URL of a store, which is not asked."""
+    kept = settings.get("checkpoint")
+    given = kept.get("dir") if isinstance(kept, dict) else None
+    if not isinstance(given, str) or not given:
+        return folder
+    protocol, separator, rest = given.partition("://")
+    if not separator:
+        return Path(given)
+    return Path(rest) if protocol in ("file", "local") else given
+
+
+def step_folders(place: Path) -> tuple[list[Path], list[Path]]:
+    """(published checkpoints, saves that are being written or never finished), oldest first."""
+    try:
+        names = [entry.name for entry in os.scandir(place)]
+    except (FileNotFoundError, NotADirectoryError):
+        return [], []
+    found = sorted((int(name[5:]), name) for name in names if re.fullmatch(r"step-\d{8,}", name))
+    folders = [place / name for _, name in found]
+    published = [path for path in folders if os.path.exists(path / "manifest.json")]
+    return published, [path for path in folders if path not in published]
+
+
+def read_checkpoint(folder: Path) -> Checkpoint:
+    """A published checkpoint: its manifest, and whether its files have the sizes that it names."""
+    step = int(folder.name[5:])
+    try:
+        written = os.stat(folder / "manifest.json").st_mtime
+        sizes = {entry.name: entry.stat().st_size for entry in os.scandir(folder)}
+    except FileNotFoundError:  # pruned meanwhile
+        return Checkpoint(folder.name, step, None, problem="it was removed just now")
+    manifest = read_json(folder / "manifest.json")
+    files = manifest.get("files")
+    if not isinstance(files, dict) or not all(isinstance(entry, dict) for entry in files.values()):
+        return Checkpoint(folder.name, step, written, problem="its manifest.json is damaged")
+    wrong = [name for name, entry in files.items() if sizes.get(name) != entry.get("bytes")]
+    problem = f"{wrong[0]} is missing or cut short" if wrong else ""
+    return Checkpoint(folder.name, step, written, sum(sizes.values()), problem, manifest)
+
+
+def told_checkpoint(rows: Iterable[Row]) -> Checkpoint | None:
+    """The newest checkpoint that the log tells of: begun (`ckpt/stall_seconds`) and later published
+    (`ckpt/save_seconds`)."""
+    begun: int | None = None
+    found: Checkpoint | None = None
+    for row in rows:
+        if "ckpt/stall_seconds" in row:
+            begun = whole(row.get("step"))
+        if "ckpt/save_seconds" in row and begun is not None:
+            found = Checkpoint(f"step-{begun:08d}", begun, time_of(row))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- words
+
+
+def ago(seconds: float) -> str:
+    """7500 -> '2 h'."""
+    for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
+        if seconds >= size * (2 if unit == "d" else 1):
+            return f"{seconds / size:.0f} {unit}"
+    return f"{max(seconds, 0):.0f} s"
+
+
+def clock(seconds: float | None) -> str:
+    """Seconds since 1970 -> '2026-11-21 12:31'."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds)) if seconds else "?"
+
+
+def shown(value: float | None, form: str = ".4f") -> str:
+    """A number for a table; "" for None."""
+    if value is None:
+        return ""
+    if not math.isfinite(value) or value == 0 or form != ".4f" or 1e-3 <= abs(value) < 1e6:
+        return f"{value:{form}}"
+    return f"{value:.3e}"
+
+
+def first_line(text: object, most: int = 100) -> str:
+    """The first line of a text, cut to so many characters."""
+    lines = str(text).strip().splitlines() or [""]
+    return lines[0] if len(lines[0]) <= most else lines[0][:most - 3] + "..."
