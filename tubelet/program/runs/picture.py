@@ -71,22 +71,24 @@ def draw(runs: Sequence[Drawn], metrics: Sequence[str], path: Path, *, axis: str
     written."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
 
     columns = 1 if len(metrics) == 1 else 2
     lines = math.ceil(len(metrics) / columns)
-    figure = Figure(figsize=(5.4 * columns + 0.6, 3.1 * lines + 0.4 + 0.25 * math.ceil(len(runs) / 2)), dpi=110,
+    beside = _beside([run.label for run in runs], 62 * columns)
+    figure = Figure(figsize=(5.4 * columns + 0.6, 3.1 * lines + 0.4 + 0.25 * math.ceil(len(runs) / beside)), dpi=110,
                     layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(lines, columns, squeeze=False).ravel()
     for panel, metric in zip(panels, metrics):
-        _panel(panel, runs, metric, axis, smooth)
+        _panel(panel, metric, [run.points(metric, axis) for run in runs], smooth)
     for panel in panels[len(metrics):]:
         panel.set_visible(False)
     for panel in panels[max(0, len(metrics) - columns):len(metrics)]:
         panel.set_xlabel(AXES[axis], color=INK)
-    handles = [_handle(number_) for number_ in range(len(runs))]
-    figure.legend(handles, [run.label for run in runs], loc="outside upper left", ncols=min(len(runs), 2), frameon=False,
-                  fontsize=9, labelcolor=INK)
+    handles = [Line2D([], [], linewidth=2.2, **_look(count)) for count in range(len(runs))]
+    figure.legend(handles, [run.label for run in runs], loc="outside upper left", ncols=beside, frameon=False, fontsize=9,
+                  labelcolor=INK)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         figure.savefig(temporary, format="png")
@@ -95,40 +97,41 @@ def draw(runs: Sequence[Drawn], metrics: Sequence[str], path: Path, *, axis: str
         raise RunError(f"{path} cannot be written: {error.strerror or error}.", "--out another.png") from None
 
 
-def _look(number_: int) -> dict[str, Any]:
-    return {"color": COLORS[number_ % len(COLORS)], "linestyle": STYLES[number_ // len(COLORS) % len(STYLES)]}
+def _beside(labels: Sequence[str], room: int) -> int:
+    """How many labels of a legend stand beside each other in a row of so many letters."""
+    return max(1, min(len(labels), room // (max(map(len, labels)) + 8)))
 
 
-def _handle(number_: int) -> Any:
-    from matplotlib.lines import Line2D
-
-    return Line2D([], [], linewidth=2.2, **_look(number_))
+def _look(count: int) -> dict[str, Any]:
+    return {"color": COLORS[count % len(COLORS)], "linestyle": STYLES[count // len(COLORS) % len(STYLES)]}
 
 
-def _panel(panel: Any, runs: Sequence[Drawn], metric: str, axis: str, smooth: bool) -> None:
-    style(panel, TITLES.get(metric, metric))
-    shown, spikes = [], []
-    for count, run in enumerate(runs):
-        points = run.points(metric, axis)
-        if not points:
-            continue
-        look = _look(count)
-        few = len(points) < FEW
-        if smooth and not few:
-            _plot(panel, binned(points), linewidth=0.7, alpha=0.25, **look)  # type: ignore[arg-type]
-            points = smoothed(points)  # type: ignore[arg-type]
-        drawn = binned(points)  # type: ignore[arg-type]
-        _plot(panel, drawn, linewidth=1.7, marker="o" if few and len(points) < FEW // 2 else None, markersize=3, **look)
-        values = [value for _, value in run.points(metric, axis)]
-        shown += values if few else [percentile(values, 0.005), percentile(values, 0.995)]
-        spikes += values
-    if not shown:
-        panel.text(0.5, 0.5, "no run has it", ha="center", va="center", transform=panel.transAxes, color=INK)
+def _panel(panel: Any, metric: str, curves: Sequence[Points], smooth: bool) -> None:
+    """One line a run; runs without this metric have none."""
+    title = TITLES.get(metric, metric)
+    if not any(curves):
+        style(panel, f"{title}: nothing finite")
         return
-    _limits(panel, metric, min(shown), max(shown))
+    alike = len(curves) > 1 and all(points == curves[0] for points in curves)
+    style(panel, f"{title} (the same in all)" if alike else title)
+    low, high = _range(curves)
+    for count, points in enumerate(curves[:1] if alike else curves):
+        look = {"color": INK} if alike else _look(count)
+        if smooth and len(points) >= FEW:
+            _plot(panel, binned(points), linewidth=0.7, alpha=0.3, **look)  # type: ignore[arg-type]
+            points = smoothed([(where, min(max(value, low), high)) for where, value in points])  # type: ignore[misc]
+        mark = "o" if len(points) < FEW // 2 else None
+        _plot(panel, binned(points), linewidth=1.7, marker=mark, markersize=3, **look)  # type: ignore[arg-type]
+    _limits(panel, metric, low, high)
     panel.xaxis.set_major_formatter(lambda value, _: short(value))
-    if len(set(spikes)) == 1:
-        panel.margins(y=0.3)
+
+
+def _range(curves: Sequence[Points]) -> tuple[float, float]:
+    """What the panel must show: of long curves not the rarest values, since a spike would press all of them flat."""
+    found: list[float] = []
+    for values in ([value for _, value in points] for points in curves if points):
+        found += values if len(values) < FEW else [percentile(values, 0.005), percentile(values, 0.995)]
+    return min(found), max(found)
 
 
 def _plot(panel: Any, points: Sequence[tuple[float, float]], **look: Any) -> None:
@@ -136,15 +139,19 @@ def _plot(panel: Any, points: Sequence[tuple[float, float]], **look: Any) -> Non
 
 
 def _limits(panel: Any, metric: str, low: float, high: float) -> None:
-    """A single spike must not press the curves flat; a loss over more than a decade is drawn by its logarithm."""
+    """The panel's vertical axis; a loss over more than a decade is drawn by its logarithm."""
     if "loss" in metric and 0 < low and high / low > DECADES:
+        from matplotlib.ticker import LogLocator, NullFormatter
+
         panel.set_yscale("log")
         panel.set_ylim(low / 1.15, high * 1.15)
+        panel.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        panel.yaxis.set_minor_formatter(NullFormatter())
     elif metric.startswith("perf/") and low >= 0:
         panel.set_ylim(0, 1.08 * high or 1.0)
     elif high > low:
         panel.set_ylim(low - 0.05 * (high - low), high + 0.08 * (high - low))
-        panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if abs(value) < 1e4 else short(value))
+    panel.yaxis.set_major_formatter(lambda value, _: f"{value:g}" if abs(value) < 1e4 else short(value))
 
 
 TITLES = {"train/loss": "training loss", "train/lr": "learning rate", "train/grad_norm": "gradient norm",
