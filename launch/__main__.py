@@ -26,14 +26,13 @@ LAUNCHERS = {
     "hostfile": ("launch.hostfile", "the hosts of DeepSpeed's hostfile, through ssh or pdsh"),
     "slurm": ("launch.slurm", "sbatch and srun, one task a GPU; requeued by itself"),
     "k8s": ("launch.k8s", "a Kubernetes JobSet"),
-    "node": ("launch.node", ""),  # one node of several, started by hostfile and k8s
 }
 """Launcher -> (module with `render(request) -> str` and `run(request) -> int`, what it is)."""
 
 
 def usage(launcher: str = "") -> str:
     """The text of `--help`: of all launchers, or of one with every setting that concerns it."""
-    rows = "\n".join(f"  {name:<10} {what}" for name, (_, what) in LAUNCHERS.items() if what)
+    rows = "\n".join(f"  {name:<10} {what}" for name, (_, what) in LAUNCHERS.items())
     text = f"{__doc__}\nlaunchers:\n{rows}\n"
     if not launcher:
         return text + "\n`python -m launch LAUNCHER --help` lists the settings.\n"
@@ -74,7 +73,7 @@ def launch(words: Sequence[str]) -> int:
         return 0 if own else 2
     if own[0] not in LAUNCHERS:
         close = nearest(own[0], LAUNCHERS)
-        raise ConfigError(f"`{own[0]}` is not a launcher.", close[0] if close else ", ".join(list(LAUNCHERS)[:4]))
+        raise ConfigError(f"`{own[0]}` is not a launcher.", close[0] if close else ", ".join(LAUNCHERS))
     if "-h" in own or "--help" in own:
         print(usage(own[0]), end="")
         return 0

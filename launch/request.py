@@ -23,7 +23,7 @@ TRAINING = {"pretrain": "PretrainSettings", "finetune": "FinetuneSettings"}
 MODULES = {"pretrain": "pretrain", "finetune": "finetune", "evaluate": "finetune.evaluate",
            "doctor": "tubelet.program.doctor", "data": "data_pipelines", "models": "tubelet.models.cli"}
 """Program -> the module that `python -m` runs. Those that do not train have no run folder."""
-SECTIONS = {"local": "", "node": "", "hostfile": "hostfile", "slurm": "slurm", "k8s": "k8s"}
+SECTIONS = {"local": "", "hostfile": "hostfile", "slurm": "slurm", "k8s": "k8s"}
 FLAGS = ("--dry-run", "--help", "-h")
 
 
@@ -125,12 +125,23 @@ def read_request(launcher: str, words: Sequence[str]) -> Request:
             training = _training(program, program_words[1:])
         except ConfigError as error:
             problems.items.append(error)
-    if launcher == "local" and settings.gpus_per_node is None:
-        settings.gpus_per_node = 0 if settings.processes_per_node else visible_gpus()
+    if launcher == "local":
+        _this_machine(settings, sources, problems)
     problems.raise_if_any()
     request = Request(launcher, program, list(program_words[1:]), settings, sources, dry_run, training)
     check_worlds(request)
     return request
+
+
+def _this_machine(settings: LaunchSettings, sources: dict[str, str], problems: Problems) -> None:
+    """One node with what it has: what a site's YAML says of the nodes of its cluster does not hold for this one."""
+    for key in ("nodes", "gpus_per_node", "processes_per_node"):
+        if sources.get(key) != "command line":
+            setattr(settings, key, LaunchSettings.model_fields[key].default)
+    if settings.nodes != "1":
+        problems.add(f"--nodes {settings.nodes}: local is one node, this machine.", "hostfile, slurm or k8s instead of local")
+    if settings.gpus_per_node is None:
+        settings.gpus_per_node = 0 if settings.processes_per_node else visible_gpus()
 
 
 def _take(words: list[str], option: str) -> tuple[str | None, list[str]]:

@@ -13,7 +13,7 @@ import pytest
 from programs import ROOT, digests, recipe, run, start, wait_for
 from ranks import run_ranks
 
-from launch.local import _exit_code
+from launch.workers import exit_code
 from tubelet.engine.deadline import Deadline
 from tubelet.engine.settings import EngineSettings, OptimizerSettings
 from tubelet.engine.signals import StopFlag, Stopped
@@ -258,7 +258,7 @@ def test_one_rank_that_is_asked_while_starting_takes_the_others_along():
     (1, [85], True, 85),  # one left while starting, the other was ended by torchrun before its first line
     (1, [85], False, 1), (1, [], True, 1), (1, [85, 3], True, 3), (-9, [], False, 137), (0, [], False, 0)])
 def test_the_launchers_exit_code_is_the_first_error_and_else_what_the_ranks_agree_on(torchrun, workers, asked, code):
-    assert _exit_code(torchrun, workers, asked) == code
+    assert exit_code(torchrun, workers, asked) == code
 
 
 # -------------------------------------------------------------------------------------------- signals to real programs

@@ -1,0 +1,47 @@
+"""Launchers that wait for the job start it again by themselves: under one job's name, as `restart.*` allows, until its time ends."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+
+from launch.request import Request
+from launch.restarts import decide, newest_attempt
+from tubelet.runs import scheduler_job
+
+END = "TUBELET_END_TIME"
+"""Environment variable: when the job must have left, in seconds since 1970; it saves and leaves in time."""
+
+
+class Restarts:
+    """The starts of one job: what each gets in its environment, and whether there is another."""
+
+    def __init__(self, request: Request):
+        self.request = request
+        self.job = scheduler_job(os.environ)[0] or f"{request.launcher}-{socket.gethostname()}-{os.getpid()}-{time.time():.0f}"
+        """What all starts have in common, so that each may follow the one before; the scheduler's job when we run in one."""
+        self.count = 0
+        seconds = request.settings.seconds
+        self.end = {} if seconds is None else {END: f"{time.time() + seconds:.0f}"}
+        self._newest = self._attempt()
+
+    def _attempt(self) -> int:
+        return newest_attempt(self.request.run_folder) if self.request.run_folder else 0
+
+    def environment(self) -> dict[str, str]:
+        """Variables of the next start."""
+        return {"TUBELET_JOB": self.job, "TUBELET_RESTARTS": str(self.count), **self.end}
+
+    def again(self, code: int, node: str = "", how: str = "") -> bool:
+        """Decide, after a rank or a host was lost, whether the job is started again; says so. A program without a run folder
+        is not: it has nothing to go on from."""
+        folder = self.request.run_folder
+        if folder is None:
+            return False
+        before, self._newest = self._newest, self._attempt()
+        attempt = self._newest if self._newest != before else 0
+        decision = decide(folder, code, self.request.settings.restart, job=self.job, attempt=attempt, node=node, how=how)
+        print(f"launch: {decision.said}", flush=True)
+        self.count += decision.restart
+        return decision.restart
