@@ -41,7 +41,9 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(*columns, title=title, title_justify="left")
+        table = Table(title=title, title_justify="left")
+        for number, name in enumerate(columns):  # on a narrow terminal nothing is cut, and names are wrapped last
+            table.add_column(name, overflow="fold", no_wrap=not number)
         for row in rows:
             table.add_row(*map(Text, row))  # as it is: [head] in a cell is no markup
         Console().print(table)
