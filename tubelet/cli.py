@@ -13,6 +13,7 @@ VERBS = {
     "data": ("data_pipelines.cli", "write, index, verify shards; what they hold"),
     "models": ("tubelet.models.cli", "models, their paper names, parameters and cost"),
     "runs": ("tubelet.program.runs.cli", "list runs and how they stand; show, follow and compare them"),
+    "doctor": ("tubelet.program.doctor.cli", "are these hosts fit? versions, GPUs, network, clocks, run folder, shards"),
     "ckpt": ("tubelet.engine.ckpt_cli", "info, verify, export, prune checkpoints"),
 }
 
