@@ -148,7 +148,7 @@ def newest_step(folder: Path) -> int | None:
             found = [name.rsplit("/", 2)[-2] for name in system.glob(f"{path}/step-*/manifest.json")]
         except Exception as error:  # drivers raise what they like
             raise CheckpointError(f"The checkpoints in {text} cannot be listed: {type(error).__name__}: {error}",
-                                  "checkpoint.dir, checkpoint.storage; credentials of the store in the environment") from None
+                                  "checkpoint.dir, checkpoint.storage; the credentials in the environment") from None
     steps = [int(name[5:]) for name in found if name[5:].isdigit()]
     return max(steps, default=None)
 
