@@ -38,13 +38,13 @@ class Ended(NamedTuple):
 
 def environment(request: Request) -> dict[str, str]:
     """What all processes of a job get beside the caller's environment, whichever node they are on."""
-    given = {key: os.environ[key] for key in _DEFAULTS if key in os.environ}
-    return {**_TORCHRUN, **_DEFAULTS, **given, **request.settings.environment}
+    given = {key: os.environ[key] for key in DEFAULTS if key in os.environ}
+    return {**_TORCHRUN, **DEFAULTS, **given, **request.settings.environment}
 
 
 _TORCHRUN = {"TORCHELASTIC_SIGNALS_TO_HANDLE": "SIGQUIT",  # the others are ours
              "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(SHUTDOWN_SECONDS), "PYTHONUNBUFFERED": "1"}
-_DEFAULTS = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+DEFAULTS = {"TORCH_NCCL_DUMP_ON_TIMEOUT": "1", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 
 
 def threads(processes: int, cpus_per_task: int | None, env: Mapping[str, str]) -> dict[str, str]:
