@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -23,6 +23,8 @@ TRAINING = {"pretrain": "PretrainSettings", "finetune": "FinetuneSettings"}
 MODULES = {"pretrain": "pretrain", "finetune": "finetune", "evaluate": "finetune.evaluate",
            "doctor": "tubelet.program.doctor", "data": "data_pipelines", "models": "tubelet.models.cli"}
 """Program -> the module that `python -m` runs. Those that do not train have no run folder."""
+ALONE = ("data", "models")
+"""Programs that know no ranks: one process unless the command line asks for more."""
 SECTIONS = {"local": "", "hostfile": "hostfile", "slurm": "slurm", "k8s": "k8s"}
 FLAGS = ("--dry-run", "--help", "-h")
 
@@ -39,6 +41,8 @@ class Request:
     dry_run: bool = False
     training: ProgramSettings | None = None
     """The program's own settings when it is one that trains."""
+    runs: list[Request] = field(default_factory=list)
+    """The runs of a sweep, each with words and settings of its own; none when there is one run, or no run at all."""
 
     @property
     def name(self) -> str:
@@ -47,16 +51,18 @@ class Request:
 
     @property
     def run_folder(self) -> Path | None:
-        """Absolute path of the run's folder; None for programs without one."""
-        if self.training is None:
+        """Absolute path of the run's folder; None for programs without one, and for a sweep, which has many."""
+        if self.training is None or self.runs:
             return None
         run = self.training.run
         return Path(self.workdir, run.dir, run.name)
 
     @property
     def launch_folder(self) -> Path:
-        """Where scripts and logs of the launcher go: `launch/` in the run's folder, else `runs/.launch/NAME`."""
-        return self.run_folder / "launch" if self.run_folder else Path(self.workdir, "runs", ".launch", self.name)
+        """Where scripts and logs of the launcher go: `launch/` in the run's folder, else `.launch/NAME` beside all runs."""
+        if self.run_folder:
+            return self.run_folder / "launch"
+        return Path(self.workdir, self.training.run.dir if self.training else "runs", ".launch", self.name)
 
     @property
     def workdir(self) -> str:
@@ -108,10 +114,12 @@ def read_request(launcher: str, words: Sequence[str]) -> Request:
     dry_run = "--dry-run" in own
     own = [word for word in own if word not in FLAGS]
     site, own = _take(own, "--site")
+    sweep, own = _take_all(own, "--sweep") if launcher == "slurm" else ([], own)
     problems = Problems(ConfigError)
-    settings, sources, training = LaunchSettings(), {}, None
+    settings, sources, training, runs = LaunchSettings(), {}, None, []
     try:
-        loaded = load_site(find_site(site), read_options(launcher, own))
+        options = {**read_options(launcher, own), **({"slurm.sweep": sweep} if sweep else {})}
+        loaded = load_site(find_site(site), options)
         settings, sources = loaded.settings, loaded.sources
     except ConfigError as error:
         problems.items.append(error)
@@ -122,15 +130,38 @@ def read_request(launcher: str, words: Sequence[str]) -> Request:
                      f"-- {close[0] if close else 'pretrain'} CONFIG [key=value ...]")
     elif program in TRAINING:
         try:
-            training = _training(program, program_words[1:])
+            runs = _sweep(program, settings.slurm.sweep, program_words[1:])
+            training = _training(program, [*program_words[1:], *(runs[0][2] if runs else [])])
         except ConfigError as error:
             problems.items.append(error)
+    elif settings.slurm.sweep:
+        problems.add(f"--sweep changes settings of runs, and `{program}` has none.", "--array N, with {index} in a word")
     if launcher == "local":
         _this_machine(settings, sources, problems)
+    if program in ALONE:
+        _one_process(settings, sources)
     problems.raise_if_any()
     request = Request(launcher, program, list(program_words[1:]), settings, sources, dry_run, training)
-    check_worlds(request)
+    request.runs = [replace(request, words=words, training=its) for words, its, _ in runs]
+    for run in request.runs or [request]:
+        check_worlds(run)
     return request
+
+
+def _sweep(program: str, sweep: Sequence[str], words: Sequence[str]) -> list[tuple[list[str], ProgramSettings, list[str]]]:
+    """(words, settings, swept settings alone) of each run of a sweep."""
+    if not sweep:
+        return []
+    from launch.sweep import load_points
+
+    return load_points(sweep, words, lambda own: _training(program, own))
+
+
+def _one_process(settings: LaunchSettings, sources: dict[str, str]) -> None:
+    """What a site's YAML says of jobs that train does not hold for a program that knows no ranks."""
+    for key, value in (("nodes", "1"), ("gpus_per_node", 0), ("processes_per_node", 1)):
+        if sources.get(key) != "command line":
+            setattr(settings, key, value)
 
 
 def _this_machine(settings: LaunchSettings, sources: dict[str, str], problems: Problems) -> None:
@@ -152,6 +183,15 @@ def _take(words: list[str], option: str) -> tuple[str | None, list[str]]:
         if word.startswith(f"{option}="):
             return word.partition("=")[2], [*words[:at], *words[at + 1:]]
     return None, words
+
+
+def _take_all(words: list[str], option: str) -> tuple[list[str], list[str]]:
+    """As `_take`, of an option that may be given several times."""
+    found = []
+    while (taken := _take(words, option))[0] is not None:
+        found.append(taken[0])
+        words = taken[1]
+    return found, words
 
 
 def read_options(launcher: str, words: Sequence[str]) -> dict[str, Any]:

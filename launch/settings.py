@@ -67,6 +67,14 @@ class SlurmSettings(Settings):
     """Further options of srun, such as `--container-image=...` or `--cpu-bind=verbose`."""
     sbatch: list[str] = free([])
     """Further options of sbatch."""
+    sweep: list[str] = free([])
+    """One run for each combination of values, as the tasks of one array job: `--sweep optimizer.lr=1e-3,3e-3
+    --sweep seed=0,1` starts four. Each has a run folder of its own, named after its values."""
+    array: int | None = free(None, gt=0)
+    """So many tasks of one array job, for programs that do not train; `{index}` (from 0 on) and `{count}` are replaced in
+    their words. `data write` gets its `--piece {index}/{count}` and the `--finish` after all of them by itself."""
+    parallel: int | None = free(None, gt=0)
+    """At most so many tasks of an array job run at the same time; null = as many as there is room for."""
 
 
 class HostfileSettings(Settings):
