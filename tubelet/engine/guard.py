@@ -4,7 +4,7 @@ A bad update is skipped by all ranks alike: `poisoned` makes the gradient of a l
 the reduction carries that to every rank, and both engines refuse such a gradient before anything is written. No extra
 communication, and no waiting for the device. What is left to decide here is when skipping is not enough: then the run goes
 back to the last good checkpoint and leaves out the data that led to the trouble (PaLM, arXiv 2204.02311, section 5.1).
-Not here: the skipping (the engines), the going back (`Trainer.go_back`).
+Not here: the skipping (the engines), the going back (`rollback.py`).
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,10 +25,11 @@ from tubelet.engine.deadline import Deadline
 from tubelet.engine.digest import DigestFile
 from tubelet.engine.ema import ShardedEma
 from tubelet.engine.evaluate import Evaluation, need_metric, to_device
-from tubelet.engine.guard import Guard, LossProbe, poisoned, record_jump
+from tubelet.engine.guard import Guard, LossProbe, poisoned
 from tubelet.engine.keeper import Keeper
 from tubelet.engine.phases import Phases
 from tubelet.engine.protocol import Batch, Engine, EvalLoader, Loader, StepResult
+from tubelet.engine.rollback import go_back
 from tubelet.engine.schedule import learning_rate
 from tubelet.engine.settings import EngineSettings
 from tubelet.engine.signals import StopFlag, Stopped
@@ -36,7 +37,7 @@ from tubelet.engine.state import Beginning, TrainState
 from tubelet.engine.trackers import Trackers
 from tubelet.engine.view import View
 from tubelet.engine.watchdog import Watchdog
-from tubelet.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_PREEMPTED, DataError, RunError, TubeletError
+from tubelet.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_PREEMPTED, DataError
 from tubelet.runs import Run
 from tubelet.seeding import hash_seed
 
@@ -95,7 +96,7 @@ class Trainer:
                 batches = self.fetch()  # nothing at the end
                 verdict = self.agree(stop)  # all ranks decide together, at a step boundary
                 if verdict.back:
-                    self.go_back(verdict.back)
+                    go_back(self, verdict.back)  # to the last good checkpoint, leaving out the data since
                     continue
                 if verdict.publish:
                     self.publish()
@@ -248,51 +249,6 @@ class Trainer:
                        what="loss" if bad else "gradient", keys=[self.loader.describe(x) for x in ids])
         self.view.console.say(f"warning: step {self.state.step} was skipped: its {'loss' if bad else 'gradient'} is not "
                               f"finite ({len(ids)} samples, see events.jsonl)")
-
-    def go_back(self, reason: str) -> None:
-        """Restore the last good checkpoint and leave out the data that was consumed since (all ranks participate)."""
-        state, settings, trouble = self.state, self.settings, self.guard.first_step
-        self.publish()
-        rollbacks = state.rollbacks + 1
-        if rollbacks > settings.guard.max_rollbacks:
-            raise RunError(f"Training does not go on: {reason}, after the run had gone back {state.rollbacks} time(s) "
-                           f"(guard.max_rollbacks={settings.guard.max_rollbacks}) without getting past step {trouble}.",
-                           "a smaller optimizer.lr or a longer schedule.warmup_steps; what happened is in "
-                           f"{self.run.folder}/events.jsonl")
-        earlier = state.jumps[-1]["step"] if state.rollbacks and state.jumps else trouble + 1
-        with self.phases("restore"), dist.patience("save"):
-            try:
-                folder, found = self.keeper.before(min(trouble, earlier))
-            except TubeletError as error:
-                if not state.rollbacks:
-                    raise type(error)(f"Training does not go on: {reason}. {error.problem}", error.hint) from None
-                folder, found = self.keeper.before(trouble)  # nothing older is left: once more from the same one
-            restore(folder, self.engine, self.ema.tensors() if self.ema else None, keep=FROM_SETTINGS)
-            jump = {"step": found.step, "seen": found.seen, "to": state.seen}
-            step, lost = state.step, state.step - found.step
-            for name, value in asdict(found).items():
-                setattr(state, name, value)
-            state.seen, state.rollbacks, state.trouble_step = jump["to"], rollbacks, trouble
-            state.jumps = [*found.jumps, jump]
-            told = {**jump, "rollbacks": rollbacks, "trouble_step": trouble, "reason": reason}
-            dist.together(lambda: self.keep_jump(told))
-            aside = self.keeper.went_back(state)
-        if self.world.speaks:
-            self.run.event("rollback", reason=reason, folder=str(folder), steps_lost=lost, set_aside=aside, **jump)
-            self.view.console.say(f"warning: {reason}. Back to step {state.step} ({folder.name}); samples {jump['seen']} to "
-                                  f"{jump['to']} are left out, {lost} steps are lost")
-        self.last_applied = None
-        self.guard.reset()
-        self.keeper.doubtful_from = None
-        self.view.rewind(step, state.step)
-        if self.digest:
-            self.digest = DigestFile(self.run.folder, state.step, self.world.speaks)
-        self.stream = self.loader.batches(state.seen)
-
-    def keep_jump(self, jump: dict[str, Any]) -> None:
-        if self.world.speaks:
-            self.run.check_current()  # the job that has taken over must not jump for our sake
-            record_jump(self.run.folder, jump)
 
     def log(self, result: StepResult) -> None:
         """Scalars and a console line (all ranks participate: sums over ranks, and the bad-sample budget)."""
