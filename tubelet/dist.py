@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from tubelet import network
 from tubelet.errors import ConfigError, TubeletError
 from tubelet.meeting import DOING, MARK, Meeting, explanation
 
@@ -149,6 +150,10 @@ def start(world: World, timeout_seconds: float = 600, control_timeout_seconds: f
     port = store.port if store else world.port or free_port()
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank),
                       LOCAL_SIZE=str(world.local_size), MASTER_ADDR=world.address, MASTER_PORT=str(port))
+    if world.size > world.local_size and not os.environ.get("GLOO_SOCKET_IFNAME"):
+        card = network.card_for_gloo(world.address)
+        if card:
+            os.environ["GLOO_SOCKET_IFNAME"] = card
     device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
     if cuda:
         if world.local_rank >= torch.cuda.device_count():
@@ -166,11 +171,7 @@ def start(world: World, timeout_seconds: float = 600, control_timeout_seconds: f
 
 
 def _own_host() -> tuple[str, str]:
-    name = socket.gethostname()
-    try:
-        return name, socket.gethostbyname(name)  # the same question that gloo asks when a group is made
-    except OSError:
-        return name, ""
+    return socket.gethostname(), network.own_address(os.environ.get("GLOO_SOCKET_IFNAME", "").split(",")[0])
 
 
 def host(rank: int) -> str:

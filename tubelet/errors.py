@@ -66,6 +66,11 @@ class LostError(TubeletError):
     exit_code = EXIT_LOST
 
 
+class LateError(LostError):
+    """A collective timed out: the rank that says so has waited longest for the one that is missing. It closes its
+    connections, so that the others then hear of a lost rank and take this one for it."""
+
+
 class Problems:
     """Collects problems so that they are raised once, together.
 

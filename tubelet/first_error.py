@@ -1,8 +1,8 @@
 """The first error of a start, kept in `logs/` of the run folder: which rank failed first, on which host, with which code.
 
 `first-error-NNNN.txt` is for people and `first-error-NNNN.json` for launchers; NNNN is the number of the start. Exactly one
-rank of a start writes them. A rank that only lost another one (exit code 87) waits for a moment before it does, so that the
-error that this one may have had stands there and not its consequence.
+rank of a start writes them. A rank that only lost another one (exit code 87) waits for a moment before it does
+(`seconds_before`), so that the error that this one may have had stands there and not its consequence.
 """
 
 from __future__ import annotations
@@ -14,22 +14,26 @@ from pathlib import Path
 from typing import Any
 
 from tubelet import files
-from tubelet.errors import EXIT_LOST
+from tubelet.errors import LateError, LostError, TubeletError
 from tubelet.redact import redact
 
-LOST_SECONDS = 1.5
-"""How long rank 0 waits with the loss of another rank; the others, who hear of less than rank 0 does, twice as long."""
 COMMON_SECONDS = 0.5
-"""How long the others wait with what all ranks raise together, which rank 0 says."""
+"""How long ranks wait with what all raise together, which rank 0 says."""
+LOST_SECONDS = 1.5
+"""How long a rank waits with a connection that was closed: what the other one had to say comes first."""
 
 
-def keep(folder: Path, start: int, *, rank: int, code: int, error: str, common: bool = False) -> bool:
+def seconds_before(error: BaseException, rank: int) -> float:
+    """How long a rank leaves it to others to call their error the first. Rank 0 hears most of the others, so it comes first
+    among equals; who waited in vain comes before who was left by that one."""
+    if isinstance(error, LostError):
+        return (0.0 if isinstance(error, LateError) else LOST_SECONDS) + COMMON_SECONDS * (1 + (rank > 0))
+    return COMMON_SECONDS if rank and isinstance(error, TubeletError) else 0.0
+
+
+def keep(folder: Path, start: int, *, rank: int, code: int, error: str) -> bool:
     """Write `error` down as the first of start number `start` (0 = the newest) of the run in `folder`; False when another
-    rank has done so. Waits up to 3 s with the loss of another rank or what is `common` to all ranks. Raises `OSError`."""
-    if code == EXIT_LOST:
-        time.sleep(LOST_SECONDS if rank == 0 else 2 * LOST_SECONDS)
-    elif rank and common:
-        time.sleep(COMMON_SECONDS)
+    rank has done so. Raises `OSError`."""
     host, text, path = socket.gethostname(), redact(error), _path(folder, start)
     if not files.create_exclusive(path.with_suffix(".txt"), f"[rank {rank} on {host}] {text}\n"):
         return False

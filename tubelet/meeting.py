@@ -9,7 +9,7 @@ import re
 import socket
 from dataclasses import dataclass, field
 
-from tubelet.errors import LostError, TubeletError
+from tubelet.errors import LateError, LostError, TubeletError
 
 DOING = {"": "starting or ending", "train": "training", "save": "saving or restoring", "evaluate": "evaluating"}
 """What a rank may be doing, as `dist.patience` calls it; "" = outside of any, where ranks wait for hours if need be."""
@@ -24,6 +24,9 @@ _TIMED_OUT = re.compile(r"timed out|time-?out", re.I)
 _GONE = re.compile(r"closed by peer|reset by peer|broken pipe|remote process exited|connection refused|was aborted|"
                    r"failed to recv|connection was (?:likely )?closed|no route to host|"
                    r"(?:network|host) is (?:unreachable|down)", re.I)
+_NOT_MET = re.compile(r"client socket|trying to connect|failed to listen|address already in use|waiting for clients|"
+                      r"connect timeout|timed out connecting", re.I)
+_TAKEN = re.compile(r"failed to listen|address already in use", re.I)
 _MILLISECONDS = re.compile(r"(?:waiting|after|ran for)\s(\d+) ?(?:ms|milliseconds)")
 
 
@@ -51,7 +54,7 @@ def explanation(error: BaseException, meeting: Meeting) -> TubeletError | None:
     if not of_torch and not (type(error) is RuntimeError and _COLLECTIVE.search(text)):
         return None
     what = getattr(error, MARK, meeting.doing)  # `patience` marks errors that come through it
-    if re.search(r"client socket|trying to connect|failed to listen|address already in use", text, re.I):
+    if _NOT_MET.search(text):
         answer = _never_met(text)
     elif _TIMED_OUT.search(text):
         answer = _late(text, meeting, what)
@@ -64,26 +67,27 @@ def explanation(error: BaseException, meeting: Meeting) -> TubeletError | None:
 
 
 def _never_met(text: str) -> TubeletError:
-    kind = LostError if _TIMED_OUT.search(text) else TubeletError  # a node that comes too late, or a port that is taken
+    kind = TubeletError if _TAKEN.search(text) else LostError  # a port is not given back by waiting; a node may yet come
     return kind(
         f"The ranks did not meet: {text.splitlines()[0][:300]}",
-        "check that every node started its ranks, that MASTER_ADDR can be reached from all of them, that no firewall closes "
-        "MASTER_PORT and that no other job uses it")
+        "`tubelet doctor` in place of the program, in the same job, says which node cannot reach which. Else check that all "
+        "nodes started their ranks, that MASTER_ADDR can be reached from all of them, that no other job uses MASTER_PORT, that "
+        "no firewall closes ports between the nodes, and that GLOO_SOCKET_IFNAME, if set, is a card that they share")
 
 
-def _late(text: str, meeting: Meeting, what: str) -> TubeletError:
+def _late(text: str, meeting: Meeting, what: str) -> LostError:
     said, limit, setting = _MILLISECONDS.search(text), meeting.seconds.get(what), SETTINGS.get(what)
     seconds = int(said.group(1)) / 1000 if said else limit
     waited = f" after {seconds:g} s" if seconds else ""
     rule = f" ({setting}={limit:g})" if setting and limit else ""
-    return LostError(
+    return LateError(
         f"A collective timed out{waited} while {DOING[what]}{rule}. {meeting.witness or 'A rank did not arrive.'}",
         (f"a higher {setting} if that rank was only slow; else " if setting else "") +
         "look for the rank that is missing in the report of the watchdog, in logs/stacks-rank-*.txt of the run folder and "
         "on its host. Started again the job goes on from its last checkpoint")
 
 
-def _lost(text: str, meeting: Meeting, what: str) -> TubeletError:
+def _lost(text: str, meeting: Meeting, what: str) -> LostError:
     seen = f" {meeting.witness}" if meeting.witness else ""
     return LostError(
         f"Lost the connection to {_peer(text, meeting)} while {DOING[what]}: its process ended, or left after an error of "

@@ -86,12 +86,15 @@ class Watchdog:
             self._say_over()  # the last steps went faster than the thread looked
 
     def _bear_witness(self) -> None:
-        """A collective failed: what rank 0 knows of the others belongs into its error."""
+        """A collective failed: what this rank knows of the others belongs into its error. Unless it has waited for longer
+        than their news are old: then all of them seem to be behind."""
         now, everyone = time.monotonic(), self._everyone()
+        fresh = self.heartbeat.own().idle(now) > self.silence
         for one in everyone:
             if one.rank == self.world.rank:
                 one.beat = replace(one.beat, collective=True)  # it waited until a moment ago
-        if missing(everyone, now, self.silence)[0]:
+        ranks, why = missing(everyone, now, self.silence)
+        if ranks and (fresh or why in ("silent", "left")):
             dist.bear_witness(" ".join(describe(everyone, self.heartbeat.processes, now, self.silence)))
 
     def close(self) -> None:

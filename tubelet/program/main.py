@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import time
 import traceback
 from collections.abc import MutableMapping, Sequence
 from pathlib import Path
@@ -88,7 +89,8 @@ def report(error: Exception, rank: int, folder: Path | None, start: int = 0, own
             with open(folder / "logs" / f"rank-{rank:04d}.txt", "a") as file:
                 file.write(f"{where} {redact(''.join(traceback.format_exception(error)))}\n")
             if code != EXIT_SUPERSEDED:  # nothing went wrong
-                first = first_error.keep(folder, start, rank=rank, code=code, error=text, common=known and not own)
+                time.sleep(0 if own else first_error.seconds_before(error, rank))
+                first = first_error.keep(folder, start, rank=rank, code=code, error=text)
         except OSError:
             pass  # a full disk must not hide the error
     if first:
