@@ -1,4 +1,4 @@
-"""What a launcher asks of the run's folder before anything starts: that it may be written, and that no other job writes it."""
+"""What a launcher asks of a run's folder before anything starts: may it be written, and does no other job write it?"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Which variables of the caller's environment travel to other hosts, and the file by which they do.
 
-DeepSpeed's launcher hands on only what begins with NCCL, PYTHON, MLFLOW, MV2 and UCX, and what its file `.deepspeed_env` says. We
-write that file beside the run, readable by its owner alone: our own nodes read it, and DeepSpeed does with `DS_ENV_FILE=PATH`.
-Values never stand on a command line, where everybody on the host could read them.
+DeepSpeed's launcher hands on only what begins with NCCL, PYTHON, MLFLOW, MV2 and UCX, and what its file `.deepspeed_env`
+says. We write that file beside the run, readable by its owner alone, until the job ends. Our own nodes read it, and so does
+DeepSpeed with `DS_ENV_FILE=PATH`. Values never stand on a command line, where everybody on the host could read them.
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from pathlib import Path
 
 from tubelet.redact import redact, secrets_in
 
-PREFIXES = ("NCCL", "PYTHON", "MLFLOW", "MV2", "UCX", "GLOO_", "FI_", "TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_", "OMP_",
-            "MKL_", "KMP_", "CUDA_", "CUBLAS_", "NVIDIA_", "DS_", "DEEPSPEED_", "HF_", "HUGGINGFACE_", "WANDB_", "AWS_",
-            "GOOGLE_", "GCSFS_", "FSSPEC_", "WDS_", "GOPEN_", "TUBELET_")
+PREFIXES = ("NCCL", "PYTHON", "MLFLOW", "MV2", "UCX", "GLOO_", "FI_", "TORCH_", "PYTORCH_", "TORCHINDUCTOR_", "TRITON_",
+            "OMP_", "MKL_", "KMP_", "CUDA_", "CUBLAS_", "NVIDIA_", "DS_", "DEEPSPEED_", "HF_", "HUGGINGFACE_", "WANDB_",
+            "AWS_", "GOOGLE_", "GCSFS_", "FSSPEC_", "WDS_", "GOPEN_", "TUBELET_")
 """Beginnings of the names that travel."""
-NAMES = ("LD_LIBRARY_PATH", "XDG_CACHE_HOME", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTP_PROXY", "HTTPS_PROXY",
-         "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
+NAMES = ("LD_LIBRARY_PATH", "XDG_CACHE_HOME", "SSL_CERT_FILE", "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "HTTP_PROXY",
+         "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy")
 """Whole names that travel."""
 STAYS = ("CUDA_VISIBLE_DEVICES", "TUBELET_EXIT_DIR", "TUBELET_SITE", "DS_ENV_FILE")
 """What is of this host alone."""

@@ -1,7 +1,7 @@
 """DeepSpeed's hostfile and its `--include` / `--exclude`, read by DeepSpeed's rules.
 
 Source: deepspeed/launcher/runner.py, `_parse_hostfile` and `parse_resource_filter` (0.19). Differences: everything wrong is
-reported at once with its line number, and text after the slots is refused unless it is a comment, where DeepSpeed reads over it.
+reported at once with its line number, and text after the slots, which DeepSpeed reads over, must be a comment.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def read_hostfile(path: Path) -> list[Host]:
 
 
 def choose(hosts: list[Host], include: str | None, exclude: str | None) -> list[Host]:
-    """Only what `include` names, or all but what `exclude` names: `host1@host2:0,2` is all of host1 and two slots of host2."""
+    """Only what `include` names, or all but what `exclude` does: `host1@host2:0,2` is host1 and two slots of host2."""
     if include and exclude:
         raise ConfigError(f"--include {include} and --exclude {exclude} exclude each other.", "one of them")
     wanted = include or exclude

@@ -1,6 +1,6 @@
 """`python -m launch.node`: what one node of several runs, started there by `launch hostfile` or by Kubernetes.
 
-    python -m launch.node --rank I --nodes N --processes 8 --endpoint HOST:PORT --id ID [...] -- PROGRAM CONFIG [key=value ...]
+    python -m launch.node --rank I --nodes N --processes 8 --endpoint HOST:PORT --id ID [...] -- PROGRAM [words ...]
 
 torchrun with the static rendezvous: node 0 keeps the store, ranks are in the order of the nodes. Signals reach the workers
 however they come: to this process, as lines of the file `--orders`, or by the end of standard input (`--leave-with-stdin`),
@@ -20,7 +20,7 @@ if __name__ == "__main__":  # as every program: a signal before its handlers are
 
 import argparse
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -55,7 +55,7 @@ def main(words: Sequence[str] | None = None) -> int:
     options = parse(own)
     if not program or program[0] not in MODULES:
         raise ConfigError("No program was given after `--`.", "-- pretrain CONFIG [key=value ...]")
-    text = os.environ.get(options.rank, options.rank)
+    text = str(os.environ.get(options.rank, options.rank))
     if not text.isdigit() or int(text) >= options.nodes:
         raise ConfigError(f"--rank {options.rank}" + f" = {text!r}" * (text != options.rank) +
                           f" is not a number below --nodes {options.nodes}.", "0 on the first node")
@@ -80,8 +80,10 @@ def read_env_file(path: Path) -> dict[str, str]:
     try:
         lines = path.read_text().splitlines()
     except OSError as error:
-        raise ConfigError(f"--env-file {path} cannot be read here: {error.strerror}.", "a folder that all nodes share") from None
-    return dict(line.split("=", 1) for line in lines if "=" in line)  # type: ignore[misc]
+        raise ConfigError(f"--env-file {path} cannot be read here: {error.strerror}.",
+                          "a folder that all nodes share") from None
+    pairs = [line.partition("=") for line in lines]
+    return {key: value for key, equals, value in pairs if equals}
 
 
 class Orders:
@@ -114,16 +116,15 @@ class Orders:
 
 
 def pass_through(stream: IO[bytes]) -> None:
-    """Everything from `stream` to standard output. When nobody listens any more it is read all the same: a worker that is about
-    to save must not die of its own output."""
-    write: Callable[[bytes], int] | None = lambda data: os.write(1, data)
+    """Everything from `stream` to standard output. When nobody listens any more it is read all the same: a worker that is
+    about to save must not die of its own output."""
+    heard = True
     while data := os.read(stream.fileno(), 1 << 16):
-        view = data
-        while view and write:
+        while data and heard:
             try:
-                view = view[write(view):]
+                data = data[os.write(1, data):]
             except OSError:
-                write = None
+                heard = False
 
 
 if __name__ == "__main__":

@@ -74,9 +74,9 @@ class Request:
         """Python of the processes."""
         return self.settings.python or sys.executable
 
-    def command(self) -> list[str]:
-        """The program as every process runs it, the container around it."""
-        return self.wrapped([self.python, "-m", MODULES[self.program], *self.words])
+    def command(self, words: Sequence[str] | None = None) -> list[str]:
+        """The program as every process runs it, with other words than its own if they are given, the container around it."""
+        return self.wrapped([self.python, "-m", MODULES[self.program], *(self.words if words is None else words)])
 
     def wrapped(self, command: Sequence[str]) -> list[str]:
         """A command inside the container, if there is one."""
@@ -170,7 +170,7 @@ def _this_machine(settings: LaunchSettings, sources: dict[str, str], problems: P
         if sources.get(key) != "command line":
             setattr(settings, key, LaunchSettings.model_fields[key].default)
     if settings.nodes != "1":
-        problems.add(f"--nodes {settings.nodes}: local is one node, this machine.", "hostfile, slurm or k8s instead of local")
+        problems.add(f"--nodes {settings.nodes}: local is one node, this machine.", "hostfile, slurm or k8s in its place")
     if settings.gpus_per_node is None:
         settings.gpus_per_node = 0 if settings.processes_per_node else visible_gpus()
 

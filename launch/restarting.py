@@ -1,4 +1,4 @@
-"""Launchers that wait for the job start it again by themselves: under one job's name, as `restart.*` allows, until its time ends."""
+"""Launchers that wait for the job start it again by themselves: under one job's name, as often as `restart.*` allows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,8 @@ class Restarts:
 
     def __init__(self, request: Request):
         self.request = request
-        self.job = scheduler_job(os.environ)[0] or f"{request.launcher}-{socket.gethostname()}-{os.getpid()}-{time.time():.0f}"
+        own = f"{request.launcher}-{socket.gethostname()}-{os.getpid()}-{time.time():.0f}"
+        self.job = scheduler_job(os.environ)[0] or own
         """What all starts have in common, so that each may follow the one before; the scheduler's job when we run in one."""
         self.count = 0
         seconds = request.settings.seconds

@@ -62,7 +62,7 @@ def supervise(command: Sequence[str], env: Mapping[str, str], *, cwd: str | None
               orders: Callable[[], int | None] = lambda: None, output: Callable[[IO[bytes]], None] | None = None) -> Ended:
     """Run torchrun to its end; its code is 0, 85, 86, 130, 87 when a rank was lost, or the first failing rank's.
 
-    `orders` is asked a few times a second for a signal to pass on, beside those that this process gets; SIGKILL ends all at once.
+    `orders` is asked a few times a second for a signal to pass on, beside those that this process gets; SIGKILL ends all.
     `output` reads what all of it says, in a thread; None = it goes where this process's own goes.
     """
     with tempfile.TemporaryDirectory(prefix="tubelet-launch-") as folder:
@@ -133,7 +133,7 @@ def _pass_on(folder: str, number: int, told: set[int]) -> None:
 
 
 def exit_code(torchrun: int, workers: Sequence[int], asked: bool = False, silent: int = 0) -> int:
-    """What a start on one node says: an error before anything else, then that somebody was lost, then what the ranks agree on.
+    """What a start on one node says: an error before anything else, then a loss, then what the ranks agree on.
 
     `silent`: workers that had begun and ended without a code, so were killed. One rank that left while starting, because it
     was asked to, took the others with it: torchrun's own failure and their silence are no news then.

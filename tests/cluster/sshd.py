@@ -4,9 +4,9 @@
         hosts.ssh_options    # what `--hostfile.ssh-options` needs to reach them
         hosts.stop("127.0.0.3")  # refuses from now on
 
-Files, users and process numbers are this host's: all hosts share one file system, as a cluster's do. Needs root, openssh-server
-and pdsh (installed when missing). Nobody else's keys or configuration are read or changed; what a killed run has left is ended
-before the next one begins.
+Files, users and process numbers are this host's: all hosts share one file system, as a cluster's do. Needs root,
+openssh-server and pdsh (installed when missing). Nobody else's keys or configuration are read or changed; what a killed
+run has left is ended before the next one begins.
 """
 
 from __future__ import annotations
@@ -79,14 +79,16 @@ class Hosts:
         """Let a host answer."""
         config = self.folder / f"{address}.conf"
         config.write_text(CONFIG.format(port=self.port, address=address, folder=self.folder))
-        self.daemons[address] = subprocess.Popen(["/usr/sbin/sshd", "-D", "-e", "-f", config], start_new_session=True)
+        self.daemons[address] = subprocess.Popen(["/usr/sbin/sshd", "-D", "-f", config], start_new_session=True,
+                                                   stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 30
         while True:
             try:
                 socket.create_connection((address, self.port), 5).close()
                 return
             except OSError:
-                assert time.monotonic() < deadline and self.daemons[address].poll() is None, f"sshd on {address} does not answer"
+                lives = self.daemons[address].poll() is None
+                assert time.monotonic() < deadline and lives, f"sshd on {address} does not answer"
                 time.sleep(0.05)
 
     def stop(self, address: str) -> None:
