@@ -74,7 +74,7 @@ def _code_that_counts(folder: Path, attempt: int, code: int, error: dict[str, An
     """(code, whether the run is finished). What the run wrote down of its end goes before the code of a launcher, which is
     the largest of all ranks: a rank that was killed a moment after all had saved took nothing with it. Nor is 0 believed
     of a run that did not say it is finished: srun returns it when it lost a node's part of the job."""
-    record = _json(folder / "attempts" / f"{attempt:04d}.end.json") if attempt else {}
+    record = read_json(folder / "attempts" / f"{attempt:04d}.end.json") if attempt else {}
     if record.get("how") in ("finished", "preempted"):
         code = int(record["code"])
     elif error and int(error["code"]) not in (0, EXIT_LOST):
@@ -173,7 +173,7 @@ def attempt_of(folder: Path, job: str, restarts: int) -> int:
     """Number of the start that belongs to a scheduler's job at its so many-th restart (`runs.scheduler_job`); 0 when it did
     not claim the folder."""
     for number in range(newest_attempt(folder), 0, -1):
-        record = _json(folder / "attempts" / f"{number:04d}.json")
+        record = read_json(folder / "attempts" / f"{number:04d}.json")
         if record.get("job") == job and record.get("restarts") == restarts:
             return number
     return 0
@@ -199,7 +199,8 @@ def _remember(folder: Path, decision: Decision, job: str) -> None:
                               "started again.", "free space and permissions there, then submit it again") from None
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file that holds a mapping; {} when it is missing or damaged."""
     try:
         data = json.loads(path.read_text())
     except (OSError, ValueError):
