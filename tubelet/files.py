@@ -67,18 +67,20 @@ def append_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a JSON-lines file; a last line cut short by a kill is dropped, a missing file is empty."""
+    """The rows of a JSON-lines file; a missing file is empty. A line that a kill has cut, or that is no mapping, is left
+    out: the next start writes on behind it."""
     try:
-        lines = Path(path).read_text().splitlines()
+        lines = Path(path).read_text(errors="replace").splitlines()
     except FileNotFoundError:
         return []
     rows = []
-    for number, line in enumerate(lines):
+    for line in lines:
         try:
-            rows.append(json.loads(line))
+            row = json.loads(line)
         except ValueError:
-            if number != len(lines) - 1:
-                continue  # a line cut by an earlier kill, written over by the next attempt
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
     return rows
 
 

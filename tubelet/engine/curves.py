@@ -50,7 +50,7 @@ def read_curves(path: Path) -> Curves:
     for row in files.read_jsonl(path):
         if not isinstance(row.get("step"), int):
             continue
-        if "train/loss" in row:
+        if isinstance(row.get("train/loss"), (int, float)):
             found.rows.append(row)
         for name, value in row.items():
             if _MARK.match(name) and isinstance(value, (int, float)) and math.isfinite(value):
