@@ -15,7 +15,7 @@ from tubelet.errors import RunError, nearest
 from tubelet.program.runs.reading import ago, shown
 from tubelet.program.runs.standing import STATES, Standing, is_run, replaced, run_folders, standing
 
-COLUMNS = ("run", "state", "step", "%", "loss", "images/s", "ETA", "checkpoint", "restarts", "goodput", "note")
+COLUMNS = ("run", "state", "step", "%", "loss", "images/s", "ETA", "checkpoint", "restarts", "goodput")
 _SORTS: dict[str, Callable[[Standing], Any]] = {
     "newest": lambda run: -run.started,
     "name": lambda run: run.name,
@@ -74,12 +74,17 @@ def standings(folders: Sequence[Path], states: Sequence[str] = (), sort: str = "
 
 
 def show_list(title: str, runs: Sequence[Standing]) -> None:
-    """Print the table, without the columns that nobody has anything in."""
+    """Print the table, without the columns that nobody has anything in, and below it why runs stand as they do."""
     now = time.time()
     rows = [_row(run, now) for run in runs]
     kept = [number for number, name in enumerate(COLUMNS) if name in ("run", "state", "step") or any(
         row[number] for row in rows)]
     print_table(title, [COLUMNS[number] for number in kept], [[row[number] for number in kept] for row in rows])
+    for run in runs:
+        if run.note and run.state != "running":
+            print(f"  {run.name} {run.state}: {run.note}")
+        if run.checkpoint and run.checkpoint.problem:
+            print(f"  {run.name}: checkpoint {run.checkpoint.name} is damaged: {run.checkpoint.problem}")
 
 
 def _row(run: Standing, now: float) -> tuple[str, ...]:
@@ -90,9 +95,15 @@ def _row(run: Standing, now: float) -> tuple[str, ...]:
     if run.without_progress:
         restarts += f" ({run.without_progress} without progress)"
     return (run.name, run.state, f"{run.step if run.step is not None else 0}{total}" if run.attempts else "", share,
-            shown(run.loss), rate, duration(run.seconds_left) if run.seconds_left is not None else "",
-            checkpoint_words(run, now), restarts, f"{100 * run.goodput:.0f} %" if run.goodput is not None else "",
-            run.note)
+            shown(run.loss), rate, _left(run.seconds_left),
+            checkpoint_words(run, now), restarts, f"{100 * run.goodput:.0f} %" if run.goodput is not None else "")
+
+
+def _left(seconds: float | None) -> str:
+    """Without seconds when it is hours: '1d 04:20 h', '00:20:31'."""
+    if seconds is None:
+        return ""
+    return duration(seconds) if seconds < 3600 else duration(seconds)[:-3] + " h"
 
 
 def checkpoint_words(run: Standing, now: float) -> str:

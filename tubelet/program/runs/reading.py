@@ -19,6 +19,8 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from tubelet.config import parse_yaml
 from tubelet.errors import ConfigError
 
@@ -112,22 +114,18 @@ def some_settings(path: Path, keys: Iterable[str]) -> Row:
         return {}
     wanted = "|".join(map(re.escape, keys))
     blocks = re.findall(rf"^(?:{wanted}):.*\n?(?:[ \t].*\n?)*", text, re.M)
-    return settings_of("".join(blocks))
+    try:
+        found = getattr(yaml, "CSafeLoader", yaml.SafeLoader)("".join(blocks)).get_single_data()  # in C: ten times as quick
+    except yaml.YAMLError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def all_settings(path: Path) -> Row:
     """All settings of a `config.yaml`; {} when there is none or it is damaged."""
     try:
-        return settings_of(path.read_text(errors="replace"))
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-
-
-def settings_of(text: str) -> Row:
-    """A mapping from YAML; {} when it is none."""
-    try:
-        found = parse_yaml(text)
-    except ConfigError:
+        found = parse_yaml(path.read_text(errors="replace"))
+    except (FileNotFoundError, NotADirectoryError, ConfigError):
         return {}
     return found if isinstance(found, dict) else {}
 

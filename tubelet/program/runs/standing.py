@@ -17,6 +17,7 @@ from tubelet.engine.goodput import Report, records, report
 from tubelet.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_SUPERSEDED, RunError, nearest
 from tubelet.program.runs import reading
 from tubelet.program.runs.reading import Checkpoint, Row
+from tubelet.redact import redact
 from tubelet.runs import Attempt, Run, RunSettings, alive
 
 STATES = {
@@ -156,7 +157,7 @@ def end_of(run: Run, attempt: Attempt, *, last: bool = False, silent: float = 0.
         state = {EXIT_INTERRUPTED: "interrupted", EXIT_SUPERSEDED: "superseded"}.get(code, how)  # type: ignore[arg-type]
         if code == EXIT_PREEMPTED:
             state = "waiting" if last else "preempted"
-        note = reading.first_line(record["error"]) if record.get("error") else ""
+        note = reading.first_line(redact(record["error"])) if record.get("error") else ""
         return End(state, note, reading.number(record, "time"), reading.whole(record.get("step")), code)
     if path.exists():
         return End("lost" if last else "killed", "the record of its end is damaged")
@@ -211,11 +212,17 @@ def _standing(folder: Path, now: float) -> Standing:
 
 
 def _has_two_log_lines(rows: list[Row]) -> bool:
-    return sum("train/loss" in row for row in rows) > 1
+    return len(log_lines(rows)) > 1
+
+
+def log_lines(rows: list[Row]) -> list[Row]:
+    """The rows of training that are whole."""
+    return [row for row in rows
+            if reading.whole(row.get("step")) is not None and reading.number(row, "train/loss") is not None]
 
 
 def _progress(found: Standing, rows: list[Row], settings: Row) -> None:
-    lines = [row for row in rows if "train/loss" in row]
+    lines = log_lines(rows)
     found.total_steps = total_steps(settings, lines)
     if not lines:
         return

@@ -43,7 +43,7 @@ def _skipped(row: Row) -> str:
     shown = ", ".join(keys[:4]) + (f" and {len(keys) - 4} more" if len(keys) > 4 else "")
     ranks = row.get("ranks_with_bad_loss") or []
     where = f" on rank{'s' * (len(ranks) != 1)} {', '.join(map(str, ranks))}" if ranks else ""
-    return f"step {row['step']} was skipped: its {row['what']} is not finite{where}; {shown}"
+    return f"step {row['step']} was skipped: its {row['what']} is not finite{where}" + (f"; {shown}" if shown else "")
 
 
 def _rollback(row: Row) -> str:
@@ -73,7 +73,8 @@ def row_words(row: Row, total: int | None, unit: str) -> str:
         return ""
     values = {name: found for name in row if (found := number(row, name)) is not None}
     if "train/loss" in row:
-        return f"step {step}{f'/{total}' if total else ''}  {describe(values)}  {describe_rates(values, unit)}"
+        line = f"step {step}{f'/{total}' if total else ''}  {describe(values)}  {describe_rates(values, unit)}"
+        return line.rstrip()
     results = [f"{name} {value:.4f}" for name, value in values.items() if name.startswith(("val/", "val_ema/"))]
     if results:
         return f"step {step}  {'  '.join(results)}"
