@@ -23,7 +23,7 @@ from tubelet.program.runs.chosen import chosen, different
 from tubelet.program.runs.cli import app
 from tubelet.program.runs.picture import Drawn
 from tubelet.program.runs.standing import SETTINGS, standing
-from tubelet.program.runs.tail import tail
+from tubelet.program.runs.tail import Follower, tail
 from tubelet.program.settings import Command, load_command
 from tubelet.runs import Run, RunSettings
 
@@ -136,6 +136,9 @@ def test_a_job_handed_to_a_scheduler_is_queued_until_it_starts_and_again_when_it
     assert (standing(folder).state, standing(folder).note) == ("waiting", "slurm-7 starts it again")
     submit("slurm-8", time.time() + 1)
     assert (standing(folder).state, standing(folder).job) == ("queued", "slurm-8")
+    submit("slurm-8", time.time() - 999)
+    begin(tmp_path).end("finished", 0)  # by hand, later
+    assert standing(folder).state == "finished"
 
 
 # -------------------------------------------------------------------------------------------------------- the list
@@ -185,12 +188,15 @@ def test_order_and_choice(tmp_path, capsys):
     begin(tmp_path, "c").end("finished", 0)
     change(Run(RunSettings(name="c", dir=str(tmp_path))), 2, time=NOW + 1)
 
+    log(begin(tmp_path, "d"), 1, 1, loss=float("nan"))
+    change(Run(RunSettings(name="d", dir=str(tmp_path))), 1, time=NOW - 1)
+
     def names(*words):
         assert say(tmp_path, "--json", *words) == 0
         return [row["name"] for row in json.loads(capsys.readouterr().out)]
 
-    assert names() == ["a", "c", "b"] and names("--sort", "name") == ["a", "b", "c"]
-    assert names("--sort", "loss") == ["a", "c", "b"] and names("--sort", "step") == ["a", "c", "b"]
+    assert names() == ["a", "c", "b", "d"] and names("--sort", "name") == ["a", "b", "c", "d"]
+    assert names("--sort", "loss") == ["a", "c", "b", "d"] and names("--sort", "step") == ["a", "c", "b", "d"]
     assert names("--state", "finished") == ["c"] and names("--filter", "[ab]") == ["a", "b"]
 
 
@@ -386,6 +392,7 @@ def test_settings_that_differ_from_the_defaults_are_those_that_make_the_run(path
         for parent in parents:
             place = place.setdefault(parent, {})
         place[leaf] = value
+    assert not any(key.endswith((".label", ".weight", ".storage")) for key, *_ in chosen(whole))  # of entries of lists too
     assert cls.model_validate(_listed(data)).model_dump(mode="json", exclude={"run"}) == loaded.settings.model_dump(
         mode="json", exclude={"run"})
 
@@ -464,6 +471,16 @@ def test_following_goes_over_restarts_and_repeats_and_misses_nothing(tmp_path, m
     expected = [f"step {step}/100" for step in [*range(31, 41), *range(36, 51)]]
     assert [word for word in found if word.startswith("step ")] == expected
     assert found[-1].startswith("start 1 finished") and len(found) == len(expected) + 2
+
+
+def test_a_row_that_is_written_in_two_pieces_is_one_row(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    follower = Follower(path, reading.read_tail(path))
+    assert follower.read() == []  # no such file yet
+    for piece, expected in [('{"step": 1}\n{"st', [{"step": 1}]), ('ep": ', []), ('2}\n', [{"step": 2}])]:
+        with open(path, "a") as file:
+            file.write(piece)
+        assert follower.read() == expected
 
 
 # --------------------------------------------------------------------------------------------------------- compare

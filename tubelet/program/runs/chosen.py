@@ -60,16 +60,10 @@ def different(configs: Sequence[dict[str, Any]]) -> list[tuple[str, str, list[An
             continue
         if any(key not in one for one in flat) and any(other.startswith(f"{key}.") for one in flat for other in one):
             continue  # on in one run and off in another: its parts say so
-        values = [one[key] if key in one else None if _is_off(one, key) else default_of(fields, key) for one in flat]
+        values = [one[key] if key in one else default_of(fields, key) for one in flat]
         if any(value != values[0] for value in values):
             found.append((key, resume_class(cls, key), values))
     return found
-
-
-def _is_off(flat: Mapping[str, Any], key: str) -> bool:
-    """Whether something that `key` is a part of stands there with no parts."""
-    parts = key.split(".")
-    return any(".".join(parts[:length]) in flat for length in range(1, len(parts)))
 
 
 def words(value: Any, most: int = 60) -> str:

@@ -33,9 +33,8 @@ class Follower:
         try:
             with open(self.path, "rb") as file:
                 found = os.fstat(file.fileno())
-                anew = found.st_ino != self.inode or found.st_size < self.offset
-                if anew:
-                    self.inode, self.offset = found.st_ino, 0
+                anew = bool(self.inode) and (found.st_ino != self.inode or found.st_size < self.offset)
+                self.inode, self.offset = found.st_ino, 0 if anew else self.offset
                 file.seek(self.offset)
                 text = file.read(found.st_size - self.offset)
         except FileNotFoundError:
