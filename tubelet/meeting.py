@@ -71,8 +71,8 @@ def _never_met(text: str) -> TubeletError:
     return kind(
         f"The ranks did not meet: {text.splitlines()[0][:300]}",
         "`tubelet doctor` in place of the program, in the same job, says which node cannot reach which. Else check that all "
-        "nodes started their ranks, that MASTER_ADDR can be reached from all of them, that no other job uses MASTER_PORT, that "
-        "no firewall closes ports between the nodes, and that GLOO_SOCKET_IFNAME, if set, is a card that they share")
+        "nodes started their ranks, that MASTER_ADDR can be reached from all of them, that no other job uses MASTER_PORT, "
+        "that no firewall closes ports between the nodes, and that GLOO_SOCKET_IFNAME, if set, is a card that they share")
 
 
 def _late(text: str, meeting: Meeting, what: str) -> LostError:
