@@ -1,8 +1,11 @@
 """Which checkpoints stay: the newest, the milestones, the best, and never fewer whole ones than before a newer is whole."""
 
 import json
+import os
 
 import pytest
+import torch
+from little_run import little_trainer
 from test_checkpoint_damage import cut, save_steps
 
 from tubelet.dist import World
@@ -10,6 +13,8 @@ from tubelet.engine import checkpoint
 from tubelet.engine.checkpoint import folder as folders
 from tubelet.engine.checkpoint import verifying
 from tubelet.engine.checkpoint.folder import prunable, read_best, set_rolled_back, write_best
+from tubelet.engine.checkpoint.format import read_manifest
+from tubelet.engine.state import Beginning, TrainState
 from tubelet.errors import CheckpointError, SupersededError
 
 
@@ -57,6 +62,44 @@ def test_a_damaged_milestone_takes_no_whole_ones_place(run):
     assert steps(prunable(run, keep_last=1, keep_every=3, keep_milestones=1)) == [1, 2, 4, 5, 7]
     damage(run, 3)
     assert steps(prunable(run, keep_last=1, keep_every=2, keep_milestones=2)) == [1, 2, 3, 5, 7]
+
+
+def leftover(run, step, seconds):
+    """A save that was killed, whose files changed last so many seconds after step 8 was published."""
+    folder = run / f"step-{step:08d}"
+    folder.mkdir()
+    (folder / "rank-00000.safetensors").write_bytes(b"half")
+    moment = (run / "step-00000008" / "manifest.json").stat().st_mtime + seconds
+    for path in (folder / "rank-00000.safetensors", folder):
+        os.utime(path, (moment, moment))
+
+
+def test_what_a_killed_start_left_above_the_newest_goes_once_another_has_published(run):
+    leftover(run, 30, -60)
+    leftover(run, 31, 5)  # a job that does not know yet that it was superseded may still write there
+    assert 30 not in steps(prunable(run, keep_last=100)), "somebody else may be writing it"
+    assert steps(prunable(run, keep_last=100, idle=True)) == [30]
+    assert steps(checkpoint.prune(run, keep_last=2, idle=True)) == [1, 2, 3, 4, 5, 6, 30]
+    assert not (run / "step-00000030").exists() and (run / "step-00000031").exists() and left(run) == [7, 8]
+
+
+def test_a_leftover_stays_while_nothing_verifies(run):
+    leftover(run, 30, -60)
+    for step in range(1, 9):
+        damage(run, step)
+    assert checkpoint.prune(run, keep_last=1, idle=True) == []
+
+
+def test_a_run_that_went_on_past_a_killed_save_leaves_none_of_it(tmp_path, one_thread):
+    device = torch.device("cpu")
+    little_trainer(tmp_path, World(), device, total_steps=2).fit()
+    folder = tmp_path / "r"
+    (folder / "step-00000099").mkdir()  # as the start before this one would have left it, under a longer schedule
+    (folder / "step-00000099" / "rank-00000.safetensors").write_bytes(b"half")
+    newest = checkpoint.published(folder)[-1]
+    state = TrainState(**read_manifest(newest)["state"])
+    little_trainer(folder.parent, World(), device, beginning=Beginning("resume", newest, state), total_steps=4).fit()
+    assert left(folder) == [2, 4] and not (folder / "step-00000099").exists()
 
 
 def test_with_no_whole_checkpoint_nothing_goes(run):

@@ -104,7 +104,8 @@ class Keeper:
         if self.doubtful_from is not None:  # where the run would go back to
             protect = [path for path in published(self.target) if step_of(path) < self.doubtful_from][-1:]
         prune(self.target, keep_last=settings.keep_last, keep_every=settings.keep_every, protect=protect,
-              keep_milestones=settings.keep_milestones, before_delete=self.run.check_current)
+              keep_milestones=settings.keep_milestones, idle=self.saver.in_flight is None,
+              before_delete=self.run.check_current)
 
     def before(self, step: int) -> tuple[Path, TrainState]:
         """The newest checkpoint below `step` that verifies, and its state. Raises `CheckpointError` when there is none."""

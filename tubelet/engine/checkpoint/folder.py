@@ -40,7 +40,7 @@ _stays: set[str] = set()  # what could not be removed, and that was said
 
 
 def prunable(run: str | Path, *, keep_last: int, keep_every: int | None = None, keep_milestones: int | None = None,
-             protect: Collection[Path] = ()) -> list[Path]:
+             protect: Collection[Path] = (), idle: bool = False) -> list[Path]:
     """What `prune` would remove, oldest first. Reads all bytes of those to be kept that this process has not read or
     written yet."""
     assert keep_last >= 1
@@ -57,6 +57,9 @@ def prunable(run: str | Path, *, keep_last: int, keep_every: int | None = None, 
                 removed.append(folder)  # a save that never finished, and a later one did
         else:
             removed.append(folder)
+    if idle and good:  # above the newest whole one too: of a start that was killed, and this one went on from before
+        removed = [path for path in found if path not in finished and step_of(path) > step_of(good[0])
+                   and not _changed_since(path, good[0] / MANIFEST)] + removed
     kept = {place.key(path) for path in [*map(place.place, protect), *_best_folder(run)]}
     kept |= {place.key(path) for path in _milestones([path for path in found if path in finished], keep_every,
                                                      keep_milestones, bool(removed))}
@@ -65,16 +68,19 @@ def prunable(run: str | Path, *, keep_last: int, keep_every: int | None = None, 
 
 
 def prune(run: str | Path, *, keep_last: int, keep_every: int | None = None, keep_milestones: int | None = None,
-          protect: Collection[Path] = (), before_delete: Callable[[], None] | None = None) -> list[Path]:
+          protect: Collection[Path] = (), idle: bool = False, before_delete: Callable[[], None] | None = None) -> list[Path]:
     """Remove old checkpoints and saves that never finished; returns what was removed. Rank 0 calls it.
 
     Kept are the `keep_last` newest that verify; of those whose step is a multiple of `keep_every` the `keep_milestones`
     newest that verify (None = all, unread); the best one (`write_best`); those in `protect`. Nothing is removed unless a
-    newer checkpoint verifies; what cannot be removed is said once and stays. `before_delete` runs before each removal and
+    newer checkpoint verifies; what cannot be removed is said once and stays. With `idle` the caller says that this run is
+    its own and that it is writing no checkpoint: then saves above the newest whole one that never finished go too, once
+    they have not been touched since that one was published. `before_delete` runs before each removal and
     may raise (the check that this attempt still owns the run).
     """
     run = place.place(run)
-    found = prunable(run, keep_last=keep_last, keep_every=keep_every, keep_milestones=keep_milestones, protect=protect)
+    found = prunable(run, keep_last=keep_last, keep_every=keep_every, keep_milestones=keep_milestones, protect=protect,
+                     idle=idle)
     removed = []
     for folder in found:
         if before_delete is not None:
@@ -88,6 +94,17 @@ def prune(run: str | Path, *, keep_last: int, keep_every: int | None = None, kee
     if removed:
         place.fsync_dir(run)
     return removed
+
+
+def _changed_since(folder: Path, manifest: Path) -> bool:
+    """Whether somebody wrote into a local folder after `manifest` was published: a job that has not heard yet that it was
+    superseded. A store shows no object before it is whole, and taking one away disturbs nobody."""
+    if place.is_remote(folder):
+        return False
+    try:
+        return max(path.stat().st_mtime_ns for path in (folder, *folder.iterdir())) > manifest.stat().st_mtime_ns
+    except OSError:
+        return True  # it is just being changed
 
 
 def _say_stays(folder: Path, error: Exception) -> None:
