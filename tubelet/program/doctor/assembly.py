@@ -89,9 +89,23 @@ def open_store(world: World, seconds: float) -> torch_dist.Store:
     import torch.distributed as torch_dist
 
     launchers = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    store = torch_dist.TCPStore(world.address, world.port, is_master=world.rank == 0 and not launchers,
-                                timeout=timedelta(seconds=seconds), wait_for_workers=False)
-    return torch_dist.PrefixStore("tubelet-doctor", store)
+    answers: list[Any] = []
+
+    def ask() -> None:
+        try:
+            answers.append(torch_dist.TCPStore(world.address, world.port, is_master=world.rank == 0 and not launchers,
+                                               timeout=timedelta(seconds=seconds), wait_for_workers=False))
+        except (RuntimeError, ValueError) as error:
+            answers.append(error)
+
+    thread = threading.Thread(target=ask, name="doctor-store", daemon=True)
+    thread.start()
+    thread.join(seconds + 2)  # whoever else listens there and says nothing: torch's own time-out does not end that
+    store = answers[0] if answers else TimeoutError("what listens there does not answer")
+    if isinstance(store, BaseException):
+        raise store
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # the launcher's store remembers the one before
+    return torch_dist.PrefixStore(f"tubelet-doctor-{attempt}", store)
 
 
 def assemble(world: World, note: dict[str, Any], seconds: float) -> Assembly:
@@ -103,7 +117,7 @@ def assemble(world: World, note: dict[str, Any], seconds: float) -> Assembly:
         return assembly
     try:
         assembly.store = open_store(world, seconds)
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, TimeoutError) as error:
         assembly.problem = explain_store(world, str(error), seconds)
         assembly.notes, assembly.missing = {world.rank: note}, [r for r in range(world.size) if r != world.rank]
         assembly.nodes = group_nodes(assembly.notes)
@@ -144,8 +158,8 @@ def explain_store(world: World, text: str, seconds: float) -> TubeletError:
         holder = holder_of(world.port)
         if holder or "in use" in text.lower() or "EADDRINUSE" in text:
             return TubeletError(f"MASTER_PORT {world.port} is taken on this host{f' by {holder}' if holder else ''}, so the "
-                                "ranks cannot meet there.", "another MASTER_PORT (launch: --port), or end the process that "
-                                "holds it: it may be the rest of an earlier job")
+                                "ranks cannot meet there.", "another MASTER_PORT (a variable, or the launcher's option), or "
+                                "end the process that holds it: it may be the rest of an earlier job")
         return TubeletError(f"Rank 0 cannot serve the meeting at {where}: {text.splitlines()[0][:200]}",
                             "MASTER_ADDR must be a name or address of rank 0's own host that all others can reach")
     try:

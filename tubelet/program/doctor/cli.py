@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tubelet import dist
-from tubelet.errors import ConfigError, TubeletError, nearest
+from tubelet.errors import EXIT_ERROR, TubeletError
 
 if TYPE_CHECKING:
     from tubelet.program.doctor.assembly import Assembly
-    from tubelet.program.doctor.examine import Options
+    from tubelet.program.doctor.options import Options
     from tubelet.program.doctor.report import Report
 
 EXIT_USAGE = 2
@@ -46,7 +46,10 @@ def doctor(
 ) -> None:
     """Are these hosts fit for a job? Versions, GPUs, network, clocks, run folder, shards, limits; alone for this machine,
     under a launcher for all nodes. Exit code 0: nothing failed, 1: something did, 2: wrong command line or CONFIG."""
+    from tubelet.program.doctor.options import read_options
+
     given = [*(words or []), *context.args]
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # pages of C++ frames about what is said in a sentence
     try:
         options = read_options(given, quick=quick, timeout=timeout, need=need, skip=skip)
         launched = dist._first(os.environ, dist._RANK) is not None
@@ -62,47 +65,6 @@ def doctor(
     raise typer.Exit(run(world, options, json))
 
 
-def read_options(words: Sequence[str], *, quick: bool = False, timeout: float = 60.0, need: float = 0.0,
-                 skip: str = "") -> Options:
-    """The command line, checked. Raises `ConfigError`."""
-    from tubelet.program.doctor.examine import CHECKS, Options
-
-    left_out = tuple(name.strip() for name in skip.split(",") if name.strip())
-    for name in left_out:
-        if name not in CHECKS:
-            close = nearest(name, CHECKS)
-            raise ConfigError(f"--skip {name} is none of the checks.", close[0] if close else ", ".join(CHECKS))
-    options = Options(quick=quick, seconds=timeout, need=need or None, skip=left_out)
-    words = [word for word in words if not word.startswith(("--local_rank", "--local-rank"))]
-    if any("=" not in word and not word.startswith("-") for word in words):
-        _read_config(options, words)
-        return options
-    from tubelet.config import parse_overrides
-
-    for key, value in parse_overrides(words).items():
-        if key != "run.dir":
-            raise ConfigError(f"`{key}` is a setting of a recipe, and none was named.",
-                              f"tubelet doctor configs/pretrain/vit_b16_i21k.yaml {key}=...; without one only run.dir=")
-        options.folder = str(value)
-    return options
-
-
-def _read_config(options: Options, words: Sequence[str]) -> None:
-    from tubelet.config import free
-    from tubelet.program.settings import ProgramSettings, load_command, parse_command
-
-    class Recipe(ProgramSettings):
-        """A recipe of either program; what else is wrong with it the program says."""
-
-        from_scratch: bool = free(False)
-        """Of fine-tuning."""
-
-    command = parse_command(words)
-    settings = load_command(Recipe, command).settings
-    options.settings, options.config = settings, command.config
-    options.folder = os.path.join(settings.run.dir, settings.run.name)
-
-
 def _ranks_here() -> int:
     from tubelet.program.doctor.gpus import visible
 
@@ -111,8 +73,6 @@ def _ranks_here() -> int:
 
 def start_ranks(words: Sequence[str], count: int) -> int:
     """`count` ranks of the doctor on this machine; returns rank 0's exit code."""
-    from tubelet.errors import EXIT_ERROR
-
     port, processes = dist.free_port(), []
     for rank in range(count):
         env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "NODE_RANK": "0",
@@ -142,11 +102,11 @@ def run(world: dist.World, options: Options, json: str) -> int:
     _meet_launcher(world)
     options.say = progress(world.speaks)
     with _quiet_stdout() as out:
-        def emergency(report: Report) -> None:
-            """A check hangs: say what is known, and end without waiting for anything."""
-            code = out.publish(report, json) if world.speaks else 1
-            tell_launcher(code)
-            os._exit(code)
+        def emergency(report: Report | None) -> None:
+            """A check hangs: say what is known."""
+            if report is not None:
+                out.publish(report, json)
+            tell_launcher(EXIT_ERROR)
 
         report, assembly = examine(world, options, emergency)
         code = out.publish(report, json) if report is not None else 1

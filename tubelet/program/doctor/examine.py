@@ -15,33 +15,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tubelet import dist
-from tubelet.errors import TubeletError
+from tubelet.errors import EXIT_ERROR, TubeletError
 from tubelet.program.doctor import data, folder, gpus, machine, network, speeds, versions
 from tubelet.program.doctor.assembly import Assembly, assemble, join, listener, unreachable
 from tubelet.program.doctor.findings import Finding, some
 from tubelet.program.doctor.nodes import Node, identity, name_missing, own_address, rank_labels
+from tubelet.program.doctor.options import CHECKS, Options
 from tubelet.program.doctor.report import Report, order
-from tubelet.program.settings import ProgramSettings
-
-CHECKS = ("speed", "network", "clock", "folder", "data")
-"""What ranks do together; `--skip` takes these names."""
-
-
-@dataclass
-class Options:
-    """What the command line said."""
-
-    settings: ProgramSettings | None = None
-    folder: str = "runs"
-    """The run folder, or the one that holds runs."""
-    config: str = ""
-    quick: bool = False
-    seconds: float = 60.0
-    """How long a rank is waited for, at the start and in each check."""
-    need: float | None = None
-    skip: tuple[str, ...] = ()
-    say: Callable[[str], None] = lambda text: None
-    """Progress, for a person who waits."""
 
 
 @dataclass
@@ -73,7 +53,8 @@ class Examination:
         return self.world.rank in self.firsts
 
 
-def examine(world: dist.World, options: Options, emergency: Callable[[Report], None]) -> tuple[Report | None, Assembly]:
+def examine(world: dist.World, options: Options,
+            emergency: Callable[[Report | None], None]) -> tuple[Report | None, Assembly]:
     """Look, meet and check. The report on rank 0, None elsewhere, and the assembly through which to leave. `emergency` is
     called with a report from another thread when a check hangs."""
     begun = time.monotonic()
@@ -102,7 +83,7 @@ def look_around(world: dist.World) -> tuple[dict[str, Any], Any]:
     address, card = own_address()
     note: dict[str, Any] = {**machine.own(world), "identity": identity(), "address": address, "listens": 0}
     server = None
-    if world.local_rank == 0:
+    if world.local_rank == 0 or world.speaks:
         import psutil
 
         cards = sorted(psutil.net_if_addrs())
@@ -111,6 +92,7 @@ def look_around(world: dist.World) -> tuple[dict[str, Any], Any]:
         unknown = [name for name in named if not any(item.startswith(name) for item in cards)]
         note["facts"] = {"versions": versions.look(), "machine": machine.look(), "gpus": gpus.look(),
                          "address": {"name": note["host"], "address": address, "card": card, "cards": cards,
+                                     "machine": " ".join(note["identity"][:3]),
                                      "unknown_card": ", ".join(unknown)}}
         if world.size > world.local_size and address:
             server, note["listens"] = listener(address)
@@ -140,7 +122,7 @@ def _reach(mine: Examination) -> None:
 # ------------------------------------------------------------------------------------------------------- together
 
 
-def _together(mine: Examination, emergency: Callable[[Report], None]) -> None:
+def _together(mine: Examination, emergency: Callable[[Report | None], None]) -> None:
     """The checks, one after the other on all ranks. The first that breaks a connection is the last."""
     mine.device = _device(mine)
     steps: dict[str, Callable[[Examination], list[Finding]]] = {
@@ -150,8 +132,7 @@ def _together(mine: Examination, emergency: Callable[[Report], None]) -> None:
             mine.findings.append(Finding(name, name, "skipped", "--skip"))
             continue
         mine.options.say(f"checking: {name}")
-        mine.assembly.say(f"at/{mine.world.rank}", name)
-        limit = 2 * mine.options.seconds + 60
+        limit = 3 * mine.options.seconds + 10
         clock = threading.Timer(limit, _give_up, (mine, name, limit, emergency))
         clock.daemon = True
         clock.start()
@@ -164,26 +145,30 @@ def _together(mine: Examination, emergency: Callable[[Report], None]) -> None:
             clock.cancel()
 
 
-def _give_up(mine: Examination, name: str, limit: float, emergency: Callable[[Report], None]) -> None:
-    """In another thread: this rank hangs where no time-out reaches (a dead network file system, a driver)."""
-    mine.findings.append(_stopped(mine, name, TimeoutError(f"it did not end within {limit:g} s")))
-    emergency(_report(mine))
+def _give_up(mine: Examination, name: str, limit: float, emergency: Callable[[Report | None], None]) -> None:
+    """In another thread: this rank hangs where no time-out reaches (a dead network file system, a driver). Ends it."""
+    label = rank_labels(mine.nodes)[mine.world.rank]
+    mine.findings.append(Finding("ranks", f"stopped at {name}", "fail", f"{label} itself did not end within {limit:g} s",
+                                 "a check ends", f"dmesg and the mounts of that host; --skip {name}", [label]))
+    emergency(_report(mine) if mine.world.speaks else None)
+    mine.assembly.say("done", EXIT_ERROR)
+    os._exit(EXIT_ERROR)
 
 
 def _stopped(mine: Examination, name: str, error: Exception) -> Finding:
-    known = dist.explain(error)
-    text = (str(error).splitlines() or [type(error).__name__])[0][:200]
-    late: list[int] = []
+    """A collective broke, on this rank and soon on all that are well: who does not say so is the one to look at."""
+    mine.assembly.say(f"stopped/{mine.world.rank}", True)
+    silent: list[int] = []
     if mine.world.speaks and mine.world.size > 1:
-        at = mine.assembly.hear_all("at", range(mine.world.size), 1.0)
-        reached = {rank: CHECKS.index(step) for rank, step in at.items()}
-        late = [rank for rank in range(mine.world.size) if reached.get(rank, -1) < CHECKS.index(name)]
+        heard = mine.assembly.hear_all("stopped", range(mine.world.size), min(10.0, mine.options.seconds))
+        silent = [rank for rank in range(mine.world.size) if rank not in heard]
     labels = rank_labels(mine.nodes)
-    behind = f"; not there: {some([labels[rank] for rank in late])}" if late else ""
-    return Finding("ranks", f"stopped at {name}", "fail", f"{known.problem if known else text}{behind}",
+    text = (str(error).splitlines() or [type(error).__name__])[0][:200]
+    said = f"{some([labels[rank] for rank in silent])} did not come back" if silent else text
+    return Finding("ranks", f"stopped at {name}", "fail", said,
                    f"no rank keeps the others waiting for more than {mine.options.seconds:g} s",
                    "the process and dmesg on the host that is named; --timeout for hosts that are only slow; "
-                   f"--skip {name}", [node.label for node in mine.nodes if set(node.ranks) & set(late)])
+                   f"--skip {name}", [node.label for node in mine.nodes if set(node.ranks) & set(silent)], {"error": text})
 
 
 def _device(mine: Examination) -> Any:

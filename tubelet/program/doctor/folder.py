@@ -47,7 +47,7 @@ def examine(folder: str, *, rank: int, labels: dict[int, str], quick: bool, wait
         unseen = [other for other in labels if other and "error" not in (everyone[other] or {})
                   and _wait_for(trial / f"from-{other}", nonce, max(0.0, until - time.monotonic())) is None]
     speed = _attempt(lambda: _write_speed(trial, quick)) if first and "error" not in said else {}
-    if first:
+    if first and "error" not in said:
         where = anchor_of(Path(os.path.abspath(os.path.expanduser(space))))[1] if space else place
         speed |= _attempt(lambda: {"free": shutil.disk_usage(where).free})
     speeds = dist.gather(speed if first else None)

@@ -122,11 +122,10 @@ def bus_bandwidth(nbytes: int, seconds: float, ranks: int) -> float:
 
 def judge_collectives(seconds: dict[int, float], ranks: int, backend: str, small: float) -> list[Finding]:
     """`seconds` of each size (the slowest rank's), `small`: of one number over the control group."""
-    said = ", ".join(f"{bus_bandwidth(size, spent, ranks) / 1e9:.3g} GB/s at {human_bytes(size)}"
-                     for size, spent in seconds.items())
+    rates = {human_bytes(size): bus_bandwidth(size, spent, ranks) / 1e9 for size, spent in seconds.items()}
+    said = ", ".join(f"{rate:.3g} GB/s at {size}" for size, rate in rates.items())
     return [Finding("network", f"all-reduce, {backend}", "ok", f"bus bandwidth {said}",
-                    "told, not judged: compare with what the vendor promises", details={human_bytes(size): bus_bandwidth(size, spent, ranks) / 1e9
-                                                for size, spent in seconds.items()}),
+                    "told, not judged: compare with what the vendor promises", details=rates),
             at_most("network", "latency", {"all ranks": small}, show=lambda value: f"{1e3 * value:.2f} ms",
                     what="for a sum of one number", warn=0.1, rule="under 100 ms",
                     hint="a network card that is shared with others, or wrong: GLOO_SOCKET_IFNAME")]
@@ -216,9 +215,10 @@ def judge_addresses(nodes: Sequence[Node]) -> list[Finding]:
         found.append(Finding("network", "cards", "fail", f"{mine['unknown_card']} on {some(missing)} is none of "
                              f"{', '.join(mine['cards'])}", "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name cards of "
                              "the host", "unset them, or the name of the card that `ip addr` shows", missing))
-    loop = [label for label, mine in facts.items() if mine["address"].startswith("127.") or not mine["address"]]
     if len(facts) < 2:
         return found
+    apart = len({mine["machine"] for mine in facts.values()}) > 1  # nodes of one machine meet at 127.0.0.1 as well
+    loop = [label for label, mine in facts.items() if apart and (mine["address"].startswith("127.") or not mine["address"])]
     said = ", ".join(f"{label} {mine['address'] or 'none'}{' (' + mine['card'] + ')' if mine['card'] else ''}"
                      for label, mine in list(facts.items())[:4])
     rule = "a host's own name, or GLOO_SOCKET_IFNAME, stands for an address that other hosts reach"
