@@ -139,7 +139,8 @@ class Bench:
             hashes.append(checkpoint.read_manifest(self.folder)["files"])
             self.clear()
         assert hashes[0] == hashes[1], "both ways write the same bytes"
-        saving = self.quick._describe(self.number, self.state.ema.tensors(), {})
+        saving = self.quick._begin(self.number, self.state.ema.tensors(), {})
+        self.quick._describe(saving)
         staging = self.quick._staging
         assert staging is not None
         orders = staging.copy(saving.outgoing)

@@ -43,7 +43,7 @@ class Keeper:
         self.run, self.settings, self.engine, self.manifest = run, settings, engine, manifest
         self.target = target_of(settings, run)
         self.saver = Saver(self.target, engine, settings.checkpoint, before_commit=run.check_current,
-                           attempt=run.attempt.number if run.attempt else 0,
+                           attempt=run.attempt.number if run.attempt else 0, claim=run.claim,
                            timeout_seconds=0.8 * settings.save_timeout_seconds)  # before the other ranks give up
         self.doubtful_from: int | None = None
         """The step from which on updates are in doubt: the newest checkpoint below it is not pruned. None = all is well."""

@@ -24,7 +24,7 @@ from typing import Any
 
 from tubelet import faults, files
 from tubelet.dist import die_with_parent
-from tubelet.errors import TubeletError
+from tubelet.errors import SupersededError, TubeletError
 
 IGNORED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 CHUNK = 1 << 23
@@ -37,11 +37,31 @@ def _orphaned() -> bool:
     return any(event & select.POLLHUP for _, event in poll.poll(0))
 
 
-def write_range(path: Any, view: memoryview, begin: int, end: int, point: str | None = None) -> dict[str, Any]:
-    """Write bytes [begin, end) of the buffer as a durable file; returns {"bytes", "sha256"}. The fault point `point` is
-    passed when half of them are written."""
+def superseded(claim: str | Path | None) -> bool:
+    """Whether another attempt has taken the run over. `claim`: the file by which ours holds it (`Run.claim`), None = there
+    are no attempts. Two look-ups, whatever the number of attempts."""
+    if claim is None:
+        return False
+    path = Path(claim)
+    return path.with_name(f"{int(path.stem) + 1:04d}.json").exists() or not path.exists()
+
+
+def need_claim(claim: str | Path | None) -> None:
+    """Asked right before a file of a checkpoint is made. Raises `SupersededError` when the run is another attempt's: a
+    process that was held up for long must not write into what the new one saves under the same name."""
+    if superseded(claim):
+        raise SupersededError("Another attempt has taken over the run while this one was writing a checkpoint, which it "
+                              "leaves unfinished.",
+                              "nothing, if you restarted the run elsewhere; its checkpoints are untouched")
+
+
+def write_range(path: Any, view: memoryview, begin: int, end: int, point: str | None = None,
+                claim: str | None = None) -> dict[str, Any]:
+    """Write bytes [begin, end) of the buffer as a durable file that was not there before; returns {"bytes", "sha256"}. The
+    fault point `point` is passed when half of them are written."""
     chunk = min(CHUNK, max(1, (end - begin + 1) // 2))
-    with files.HashingFile(path) as file:
+    need_claim(claim)
+    with files.HashingFile(path, exclusive=True) as file:
         for start in range(begin, end, chunk):
             stop = min(start + chunk, end)
             if point and 2 * (stop - begin) > end - begin:
@@ -50,6 +70,8 @@ def write_range(path: Any, view: memoryview, begin: int, end: int, point: str | 
             file.write(view[start:stop])
             if _orphaned():
                 os._exit(1)
+        if file.remote:
+            need_claim(claim)  # there an object is made, and replaces another, when it is closed
     return {"bytes": file.nbytes, "sha256": file.sha256}
 
 
@@ -67,16 +89,17 @@ def _place() -> Any:
 def _folder(job: dict[str, Any]) -> Any:
     if job["remote"]:
         return _place().place(job["folder"], job["storage"])
+    need_claim(job["claim"])
     folder = Path(job["folder"])
     folder.mkdir(exist_ok=True)  # rank 0 has made it; on a network file system this host may not know yet
     return folder
 
 
-def _write(path: Any, item: dict[str, Any], view: memoryview, remote: bool) -> dict[str, Any]:
+def _write(path: Any, item: dict[str, Any], view: memoryview, job: dict[str, Any]) -> dict[str, Any]:
     def write() -> dict[str, Any]:
-        return write_range(path, view, item["begin"], item["end"], item["point"])
+        return write_range(path, view, item["begin"], item["end"], item["point"], job["claim"])
 
-    return _place().patiently(path, "writing", write) if remote else write()
+    return _place().patiently(path, "writing", write) if job["remote"] else write()
 
 
 def work(job: dict[str, Any], memory: int) -> dict[str, Any]:
@@ -90,7 +113,9 @@ def work(job: dict[str, Any], memory: int) -> dict[str, Any]:
             name = item["name"]
             if item["before"]:
                 faults.point(item["before"])
-            records[name] = _write(folder / name, item, view, job["remote"])
+            records[name] = _write(folder / name, item, view, job)
+    except SupersededError as error:
+        return {"error": {"superseded": error.problem, "hint": error.hint}}
     except TubeletError as error:
         return {"error": {"problem": error.problem, "hint": error.hint}}
     except OSError as error:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -65,17 +66,23 @@ class Index:
         """How many ranks wrote files."""
         return self.layout.num_ranks
 
-    def to_json(self) -> str:
-        number = {name: i for i, name in enumerate(self.shapes)}
-        flats = [{key: value for key, value in vars(flat).items() if key not in ("shaped", "dtypes") or value}
-                 for flat in self.flats]
-        head = {"format": FORMAT, "names": list(self.shapes), "shapes": list(self.shapes.values()),
-                "frozen": self.frozen, "buffers": self.buffers,
-                "order": [number.get(name, name) for name in self.order], "optimizer": self.optimizer, "ema": self.ema,
-                "groups": [{"hyper": g.hyper, "members": [number[n] for n in g.members]} for g in self.groups],
-                "flats": flats, "layout": self.layout.to_json(number)}
-        rows = [f' {json.dumps(key)}: {json.dumps(value, separators=(",", ":"))}' for key, value in head.items()]
-        return "{\n" + ",\n".join(rows) + "\n}\n"
+    def to_json(self, known: dict[str, str] | None = None) -> str:
+        """The text of `index.json`. `known`: rows of an earlier text that have not changed since; those that are not in it
+        are made and put into it."""
+        known, number = {} if known is None else known, {name: i for i, name in enumerate(self.shapes)}
+        rows: dict[str, Callable[[], Any]] = {
+            "format": lambda: FORMAT, "names": lambda: list(self.shapes), "shapes": lambda: list(self.shapes.values()),
+            "frozen": lambda: self.frozen, "buffers": lambda: self.buffers,
+            "order": lambda: [number.get(name, name) for name in self.order], "optimizer": lambda: self.optimizer,
+            "ema": lambda: self.ema,
+            "groups": lambda: [{"hyper": g.hyper, "members": [number[n] for n in g.members]} for g in self.groups],
+            "flats": lambda: [{key: value for key, value in vars(flat).items() if key not in ("shaped", "dtypes") or value}
+                              for flat in self.flats],
+            "layout": lambda: self.layout.to_json(number)}
+        for key, make in rows.items():
+            if key not in known:
+                known[key] = f' {json.dumps(key)}: {json.dumps(make(), separators=(",", ":"))}'
+        return "{\n" + ",\n".join(known[key] for key in rows) + "\n}\n"
 
     @classmethod
     def read(cls, folder: Path) -> Index:

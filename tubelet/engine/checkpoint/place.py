@@ -157,7 +157,7 @@ def patiently(path: Path, doing: str, action: Callable[[], T]) -> T:
     for tries in range(1, len(PAUSES) + 2):
         try:
             return action()
-        except (CheckpointError, FileNotFoundError):
+        except (TubeletError, FileNotFoundError):
             raise
         except Exception as error:
             if tries > len(PAUSES) or _hopeless(error) or time.monotonic() > until:

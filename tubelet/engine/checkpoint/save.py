@@ -18,7 +18,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,10 +26,9 @@ from typing import Any, TypeVar
 import torch
 
 from tubelet import __version__, dist, faults, files
-from tubelet.engine.batch_norm import average_statistics
 from tubelet.engine.checkpoint import folder as folders
 from tubelet.engine.checkpoint import place
-from tubelet.engine.checkpoint.describe import buffers, describe, rank_entries
+from tubelet.engine.checkpoint.describe import Contents
 from tubelet.engine.checkpoint.format import (
     BUFFERS,
     FORMAT,
@@ -41,10 +40,11 @@ from tubelet.engine.checkpoint.format import (
     rank_file,
     seal,
 )
-from tubelet.engine.checkpoint.staging import Outgoing, Staging, Writer
-from tubelet.engine.checkpoint.tensors import entry, write_image
+from tubelet.engine.checkpoint.staging import NoMemoryError, Outgoing, Staging, Writer, need_memory
+from tubelet.engine.checkpoint.tensors import Plan, entry, write_image
 from tubelet.engine.protocol import Engine
 from tubelet.engine.settings import CheckpointSettings
+from tubelet.engine.writer import need_claim
 from tubelet.errors import CheckpointError, SupersededError
 
 T = TypeVar("T")
@@ -58,31 +58,39 @@ class _Save:
 
     step: int
     folder: Path
-    outgoing: list[Outgoing]
-    content: dict[str, Any]
+    ema: list[torch.Tensor] | None
+    extra: dict[str, Any]
+    frozen: dict[str, torch.Tensor]
     started: float
+    outgoing: list[Outgoing] = field(default_factory=list)
+    content: dict[str, Any] = field(default_factory=dict)
     needed: int = 0
     """Bytes of all ranks together."""
+    begun: bool = False
+    """The folder may hold something of this save (rank 0)."""
 
 
 class Saver:
     """Saves the state of one engine into `target`, a run's folder or a place on an object store. All ranks build one.
 
     `before_commit` runs on rank 0 before anything is written and again right before the manifest appears, and may raise:
-    then this save is not published. `attempt` is noted in the manifest. A save that fails removes what it wrote; earlier
+    then this save is not published. `attempt` is noted in the manifest; `claim` is the file by which it holds the run
+    (`Run.claim`), which every rank looks at before it makes a file. A save that fails removes what it wrote; earlier
     checkpoints are untouched, and the next save begins afresh. A writing process that has not answered after
     `timeout_seconds` of waiting in `finish` counts as failed.
     """
 
     def __init__(self, target: Path, engine: Engine, settings: CheckpointSettings, *,
-                 before_commit: Callable[[], None] | None = None, attempt: int = 0, timeout_seconds: float = 3600.0):
+                 before_commit: Callable[[], None] | None = None, attempt: int = 0, claim: Path | None = None,
+                 timeout_seconds: float = 3600.0):
         self.target = target if place.is_remote(target) else Path(target).absolute()
         self.engine, self.settings, self.before_commit = engine, settings, before_commit
-        self.attempt, self.timeout_seconds = attempt, timeout_seconds
+        self.attempt, self.claim, self.timeout_seconds = attempt, claim, timeout_seconds
         in_process = getattr(target, "protocol", "") == "memory"  # fsspec's own memory: another process has another
         self.asynchronous = settings.asynchronous and not in_process
         self.last_seconds = 0.0
         self._saving: _Save | None = None
+        self._contents: Contents | None = None
         self._staging: Staging | None = None
         self._writer: Writer | None = None
 
@@ -101,25 +109,30 @@ class Saver:
         thread: the writer dies with the thread that started it.
         """
         self.finish()
-        saving = self._describe(step, ema, extra)
-        own = sum(item.size for item in saving.outgoing)
-        orders: dict[str, Any] = {}
-        short = self.asynchronous and not self._reserve(Staging.room(saving.outgoing))
-        needed, shorts = dist.sums([float(own), float(short)])
-        saving.needed = int(needed)
-        if shorts:
-            self._stop_staging(int(shorts), own)
+        saving = self._begin(step, ema, extra)
         with self._failing(saving):
-            if self.asynchronous:
-                orders = self._together(saving, lambda: self._stage(saving))
-            else:
-                self._together(saving, lambda: self._prepare(saving))
-                self._publish(saving, lambda: self._write(saving))
-        if self.asynchronous:
-            assert self._writer is not None
-            self._writer.hand(orders)
-            self._saving = saving
-            faults.point("save.handed")
+            if self.asynchronous and self._hand(saving):
+                self._saving = saving
+                faults.point("save.handed")
+                return
+            self._together(saving, lambda: self._describe(saving))
+            self._together(saving, lambda: self._prepare(saving))
+            self._publish(saving, lambda: self._write(saving))
+
+    def _hand(self, saving: _Save) -> bool:
+        """Copy the state aside and have it written; False when there is no memory for that, on all ranks alike."""
+        try:
+            if self._staging is None:
+                self._together(saving, lambda: self._describe(saving))
+                self._make_staging(need_memory(Staging.room(saving.outgoing)))
+            orders = self._together(saving, lambda: self._stage(saving))
+            saving.outgoing, saving.ema, saving.frozen = [], None, {}  # they go on changing; nothing may read them any more
+        except NoMemoryError as error:
+            self._stop_staging(error)
+            return False
+        assert self._writer is not None
+        self._writer.hand(orders)
+        return True
 
     def ready(self) -> bool:
         """True when this rank's writer is done with the save in flight, or has failed; True when nothing is in flight. No
@@ -147,21 +160,27 @@ class Saver:
 
     # ------------------------------------------------------------------------------------------- what is saved
 
-    def _describe(self, step: int, ema: list[torch.Tensor] | None, extra: dict[str, Any]) -> _Save:
-        started, engine = time.perf_counter(), self.engine
-        average_statistics(engine.module)
-        frozen, shared = engine.frozen(), buffers(engine.module)
-        index = describe(engine, ema is not None, frozen, shared)
-        rank, metadata = engine.world.rank, {"format": "pt", "tubelet_format": str(FORMAT), "step": str(step)}
-        outgoing = [Outgoing.tensors(rank_file(rank), rank_entries(engine, index, ema), metadata, "save.shard")]
-        content = {}
+    def _begin(self, step: int, ema: list[torch.Tensor] | None, extra: dict[str, Any]) -> _Save:
+        """The part of a save in which ranks communicate about the state itself; it has nothing of its own to fail by."""
+        started = time.perf_counter()
+        if self._contents is None or self._contents.engine is not self.engine:
+            self._contents = Contents(self.engine)
+        return _Save(step, self.target / folder_name(step), ema, extra, self._contents.settle(), started)
+
+    def _describe(self, saving: _Save) -> None:
+        """What is written, without a copy of it. No communication, so that an error on one rank keeps no other waiting."""
+        contents, rank = self._contents, self.engine.world.rank
+        assert contents is not None
+        metadata = {"format": "pt", "tubelet_format": str(FORMAT), "step": str(saving.step)}
+        shared = contents.take(saving.ema, saving.frozen)
+        saving.needed = contents.needed + sum(value.nbytes for value in (*shared.values(), *saving.frozen.values()))
+        saving.outgoing = [Outgoing.tensors(rank_file(rank), contents.plan, metadata, "save.shard")]
         if rank == 0:
-            outgoing += [
-                Outgoing.tensors(BUFFERS, [entry(name, value) for name, value in shared.items()], metadata),
-                Outgoing.tensors(FROZEN, [entry(name, value) for name, value in frozen.items()], metadata),
-                Outgoing.text(INDEX, index.to_json(), before="save.index")]
-            content = self._content(step, extra)
-        return _Save(step, self.target / folder_name(step), outgoing, content, started)
+            saving.outgoing += [
+                *(Outgoing.tensors(name, Plan(entry(key, value) for key, value in values.items()), metadata)
+                  for name, values in ((BUFFERS, shared), (FROZEN, saving.frozen))),
+                Outgoing.text(INDEX, contents.index_text(), before="save.index")]
+            saving.content = self._content(saving.step, saving.extra)
 
     def _content(self, step: int, extra: dict[str, Any]) -> dict[str, Any]:
         engine = self.engine
@@ -182,6 +201,7 @@ class Saver:
         if self.engine.world.rank == 0:
             if self.before_commit is not None:
                 self.before_commit()
+            saving.begun = True
             faults.point("save.begin")
             if place.is_remote(self.target) or os.path.lexists(saving.folder):
                 folders.make_room(self.target, saving.folder)
@@ -189,34 +209,27 @@ class Saver:
                 saving.folder.mkdir()  # its name is made durable when it is published
             _check_space(self.target, saving.needed)  # here alone: another rank would count what rank 0 is removing
 
-    def _reserve(self, count: int) -> bool:
-        """Room for the copy; False when there is not enough memory."""
-        try:
-            if self._staging is None:
-                self._staging = Staging(self.engine.device, sharers=max(1, self.engine.world.local_size))
-                self._writer = Writer(self._staging)
-            self._staging.reserve(count)
-        except (MemoryError, OSError):  # a kernel or a container without memfd
-            return False
-        return True
+    def _make_staging(self, sharers: int) -> None:
+        self._staging = Staging(self.engine.device, sharers)
+        self._writer = Writer(self._staging)
 
-    def _stop_staging(self, ranks: int, own: int) -> None:
+    def _stop_staging(self, why: NoMemoryError) -> None:
         """From now on saves are synchronous, on all ranks; said once."""
         self.close()
         self.asynchronous = False
         if self.engine.world.speaks:
-            print(f"warning: {ranks} of {self.engine.world.size} ranks lack the memory for a copy of their part of the "
-                  f"checkpoint ({files.human_bytes(own)} on rank 0), so saving is synchronous: training waits for the disk. "
-                  "Try: checkpoint.asynchronous=false (says nothing), fewer data.workers, or more memory a node", flush=True)
+            print(f"warning: {why.problem} So saving is synchronous: training waits for the disk. Try: "
+                  "checkpoint.asynchronous=false (says nothing), fewer data.workers, or more memory a node", flush=True)
 
     def _stage(self, saving: _Save) -> dict[str, Any]:
         """The copy; returns the writer's orders."""
         assert self._staging is not None
+        self._describe(saving)
+        self._staging.reserve(Staging.room(saving.outgoing))
         self._prepare(saving)
         files_there = self._staging.copy(saving.outgoing)
-        saving.outgoing = []  # the tensors go on changing; nothing may read them any more
         return {"folder": str(saving.folder), "remote": place.is_remote(self.target), "files": files_there,
-                "storage": dict(getattr(self.target, "storage_options", {}))}
+                "storage": dict(getattr(self.target, "storage_options", {})), "claim": self.claim and str(self.claim)}
 
     def _write(self, saving: _Save) -> dict[str, Any]:
         """The files of this rank, straight from its tensors."""
@@ -226,7 +239,9 @@ class Saver:
     def _write_one(self, path: Path, item: Outgoing) -> dict[str, Any]:
         if item.before:
             faults.point(item.before)
-        return place.patiently(path, "writing", lambda: write_image(path, item.header, item.places, item.size, item.point))
+
+        return place.patiently(path, "writing", lambda: write_image(
+            path, item.header, item.places, item.size, item.point, lambda: need_claim(self.claim)))
 
     def _written(self) -> dict[str, Any]:
         """What this rank's writer answers; an error of its becomes the one that writing here would have raised."""
@@ -235,6 +250,8 @@ class Saver:
         if "files" in answer:
             return answer["files"]
         error = answer["error"]
+        if "superseded" in error:
+            raise SupersededError(error["superseded"], error["hint"])
         if "problem" in error:
             raise CheckpointError(error["problem"], error["hint"])
         if error["errno"] is None:
@@ -290,10 +307,15 @@ class Saver:
         except SupersededError:
             raise  # another attempt owns the folder now, maybe this very step: touch nothing
         except Exception:
-            if self.engine.world.rank == 0:
-                _try(lambda: folders.bring_back(self.target, saving.folder))
+            if self.engine.world.rank == 0 and saving.begun:
+                _try(lambda: self._bring_back(saving))
             dist.barrier()
             raise
+
+    def _bring_back(self, saving: _Save) -> None:
+        if self.before_commit is not None:
+            self.before_commit()  # or it would remove what another attempt is saving under this name
+        folders.bring_back(self.target, saving.folder)
 
 
 def save(run: Path, engine: Engine, *, step: int, ema: list[torch.Tensor] | None, extra: dict[str, Any],
@@ -334,6 +356,11 @@ def _say_disk(action: Callable[[], Any], run: Path, needed: int) -> Any:
         if place.is_remote(run):
             raise CheckpointError(f"The checkpoint could not be written to {run}: {error.strerror or error}. Earlier "
                                   "checkpoints are untouched.", "check the store; then start the run again") from None
+        if error.errno == errno.EEXIST:
+            raise CheckpointError(f"The checkpoint could not be written to {run}: {error.filename or 'a file of it'} is "
+                                  "there already, although this save began with an empty folder, so another process is "
+                                  "writing it. Earlier checkpoints are untouched.", "see `attempts/` in the run's folder for"
+                                  " other jobs of this run and stop them; then start the run again") from None
         free = shutil.disk_usage(run if run.exists() else run.parent).free
         full = error.errno in _FULL
         problem = (f"The checkpoint could not be written to {run}: {error.strerror or error}. It needs "
@@ -347,5 +374,5 @@ def _try(action: Callable[[], Any]) -> None:
     """Tidying up that must not turn a published checkpoint into a failure, or hide the error that is on its way."""
     try:
         action()
-    except (OSError, CheckpointError):
+    except (OSError, CheckpointError, SupersededError):
         pass

@@ -13,6 +13,7 @@ import mmap
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -23,14 +24,20 @@ from typing import Any
 import torch
 
 import tubelet
-from tubelet import faults
+from tubelet import dist, faults, files
 from tubelet.engine import writer
-from tubelet.engine.checkpoint.tensors import Entry, image
+from tubelet.engine.checkpoint.tensors import Entry, Plan
+from tubelet.errors import CheckpointError
 
 _PAGE = 4096
 _VIEWS = 100_000  # remembered at most
 _KILL_SECONDS = 10.0  # for a process to end that was killed
 _SPARE = 1.02  # a little more than asked for, so that a longer header does not make the buffer grow
+_SHARE = 0.9  # of a host's available memory that the copies of its ranks may take: data workers grow too
+
+
+class NoMemoryError(CheckpointError):
+    """There is not enough memory for a copy of the state; saving without one is possible."""
 
 
 @dataclass
@@ -47,8 +54,8 @@ class Outgoing:
     """Fault point passed when the file is half written."""
 
     @classmethod
-    def tensors(cls, name: str, entries: list[Entry], metadata: dict[str, str], point: str | None = None) -> Outgoing:
-        header, places, size = image(entries, metadata)
+    def tensors(cls, name: str, plan: Plan, metadata: dict[str, str], point: str | None = None) -> Outgoing:
+        header, places, size = plan.image(metadata)
         return cls(name, header, places, size, point=point)
 
     @classmethod
@@ -77,8 +84,33 @@ def _cuda() -> Any:
     return torch.cuda.cudart()
 
 
+def size_for(count: int) -> int:
+    """Bytes of the buffer that is made for `count` bytes of files."""
+    return -(-int(count * _SPARE) // _PAGE) * _PAGE
+
+
+def need_memory(count: int) -> int:
+    """Whether every host can hold the copies of all its ranks, `count` bytes of files on this one. All ranks call it before
+    any of them takes memory: each would see less than there was, and a host with enough for all seem too small.
+
+    Returns the number of ranks on this host. Raises `NoMemoryError` on all ranks alike.
+    """
+    host = socket.gethostname()
+    everyone = dist.gather((host, size_for(count), available_memory()))
+    short = []
+    for name in dict.fromkeys(name for name, _, _ in everyone):
+        own = [(size, free) for other, size, free in everyone if other == name]
+        wanted, free = sum(size for size, _ in own), min(free for _, free in own)
+        if wanted > _SHARE * free:
+            short.append(f"{name}: {files.human_bytes(wanted)} for {len(own)} rank(s), {files.human_bytes(free)} available")
+    if short:
+        more = f" and {len(short) - 3} more hosts" if len(short) > 3 else ""
+        raise NoMemoryError(f"The memory for a copy of the state is lacking ({'; '.join(short[:3])}{more}).")
+    return sum(name == host for name, _, _ in everyone)
+
+
 class Staging:
-    """The buffer. `sharers` ranks of this host are assumed to want as much at the same time."""
+    """The buffer. `sharers` ranks of this host are assumed to want as much at the same time when it must grow."""
 
     def __init__(self, device: torch.device, sharers: int = 1):
         self.device, self.sharers = device, sharers
@@ -90,17 +122,20 @@ class Staging:
         self._bytes = torch.empty(0, dtype=torch.uint8)
 
     def reserve(self, count: int) -> None:
-        """Room for `count` bytes; raises `MemoryError` when it cannot be had (what is there stays usable)."""
+        """Room for `count` bytes; raises `NoMemoryError` when it cannot be had (what is there stays usable). Call
+        `need_memory` on all ranks before it is called for the first time."""
         if count <= self.size:
             return
-        size = -(-int(count * _SPARE) // _PAGE) * _PAGE
-        if (size - self.size) * self.sharers > available_memory():
-            raise MemoryError(f"{size - self.size} bytes")  # asking the kernel would wake its killer
+        size = size_for(count)
+        sharers = self.sharers if self.size else 1  # at first `need_memory` has asked, and others may have taken theirs
+        free = available_memory()
+        if (size - self.size) * sharers > free:
+            raise _short(size, f"{files.human_bytes(free)} available")  # asking would wake the kernel's killer
         try:
             os.posix_fallocate(self.memory, 0, size)
             mapped = mmap.mmap(self.memory, size)
-        except OSError as error:
-            raise MemoryError(str(error)) from None
+        except (OSError, OverflowError) as error:
+            raise _short(size, str(error)) from None
         mapped.madvise(mmap.MADV_DONTFORK)  # workers that fork later do not keep it alive
         self._unpin()
         self._bytes = torch.frombuffer(mapped, dtype=torch.uint8)
@@ -169,6 +204,11 @@ class Staging:
         self._bytes, self._mapped, self.size = torch.empty(0, dtype=torch.uint8), None, 0
         os.close(self.memory)
         self.memory = -1
+
+
+def _short(size: int, why: str) -> NoMemoryError:
+    return NoMemoryError(f"The memory for a copy of the state is lacking ({socket.gethostname()}: "
+                         f"{files.human_bytes(size)} for a rank, {why}).")
 
 
 class Writer:
