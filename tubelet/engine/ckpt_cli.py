@@ -86,26 +86,45 @@ def verify(
 @app.command()
 def export(
     path: PathArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write model.safetensors and config.json to")],
-    to: Annotated[str, typer.Option(help="safetensors")] = "safetensors",
-    which: Annotated[str, typer.Option(help="auto (the moving average if there is one), ema or weights")] = "auto",
-    dtype: Annotated[str, typer.Option(help="fp32 or bf16")] = "fp32",
-    max_file_gb: Annotated[float, typer.Option(help="cut the weights into files of at most this size")] = 5.0,
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write to")],
+    to: Annotated[str, typer.Option(help="safetensors (weights, for timm and others) or deepspeed (weights and optimizer, "
+                                         "for DeepSpeed's own load_checkpoint)")] = "safetensors",
+    which: Annotated[str, typer.Option(help="safetensors: ema, weights or auto (the average if there is one)")] = "auto",
+    dtype: Annotated[str, typer.Option(help="safetensors: fp32 or bf16")] = "fp32",
+    max_file_gb: Annotated[float, typer.Option(help="safetensors: cut the weights into files of at most this size")] = 5.0,
+    ranks: Annotated[int | None, typer.Option(help="deepspeed: how many ranks will load it (1)")] = None,
+    stage: Annotated[int | None, typer.Option(help="deepspeed: at which ZeRO stage, 1, 2 or 3 (the run's own)")] = None,
 ) -> None:
-    """Write the weights for timm and others: model.safetensors, config.json, README.md."""
+    """Write the weights for timm and others (model.safetensors, config.json, README.md), or everything in DeepSpeed's own
+    format (`--to deepspeed`)."""
     from tubelet.engine.checkpoint import place
-    from tubelet.engine.checkpoint.export import export as write
     from tubelet.engine.checkpoint.folder import newest
 
-    if to != "safetensors":
-        raise CheckpointError(f"`--to {to}` is not a format that can be written; there is one: safetensors.",
+    if to not in ("safetensors", "deepspeed"):
+        raise CheckpointError(f"`--to {to}` is not a format that can be written; there are safetensors and deepspeed.",
                               "--to safetensors")
+    given = {"--which": which != "auto", "--dtype": dtype != "fp32", "--max-file-gb": max_file_gb != 5.0} if (
+        to == "deepspeed") else {"--ranks": ranks is not None, "--stage": stage is not None}
+    if any(given.values()):
+        said = ", ".join(name for name, there in given.items() if there)
+        raise CheckpointError(f"{said}: has no meaning with `--to {to}`.",
+                              "leave them out; DeepSpeed's format holds the weights themselves, all digits, one file a rank"
+                              if to == "deepspeed" else "--to deepspeed, or leave them out")
     folder = newest(place.home(path))
     if out.resolve() == folder.resolve():
         raise CheckpointError(f"{out} is the checkpoint itself.", "another folder for the export")
+    if to == "deepspeed":
+        from tubelet.engine.zero.stock import export as write_stock
+
+        written = write_stock(folder, out, ranks=1 if ranks is None else ranks, stage=stage)
+        print(f"{folder} -> {written}: {', '.join(sorted(item.name for item in written.iterdir()))}; how to load it: "
+              f"{out / 'README.md'}")
+        return
+    from tubelet.engine.checkpoint.export import export as write
+
     write(folder, out, which=which, dtype=dtype, max_file_bytes=int(max_file_gb * 10**9))  # type: ignore[arg-type]
-    written = sorted(item.name for item in out.iterdir() if item.name.startswith(("model", "config", "README")))
-    print(f"{folder} -> {out}: {', '.join(written)}")
+    names = sorted(item.name for item in out.iterdir() if item.name.startswith(("model", "config", "README")))
+    print(f"{folder} -> {out}: {', '.join(names)}")
 
 
 @app.command()
