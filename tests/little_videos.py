@@ -1,12 +1,16 @@
 """Little videos for tests, made with PyAV: every frame carries its number in black and white blocks, which survive
 compression, on a ground that moves."""
 
+import io
 import tempfile
 from fractions import Fraction
 from pathlib import Path
 
 import av
 import numpy as np
+
+from data_pipelines.media import open_media
+from data_pipelines.settings import DataSettings
 
 ROWS, COLUMNS = 48, 80  # a picture: two rows of five blocks of 16 pixels (10 bits), and 16 rows of moving texture
 _KINDS = {"mp4": "mp4", "mov": "mov", "webm": "webm", "mkv": "matroska", "avi": "avi", "ts": "mpegts", "mpg": "mpeg"}
@@ -70,3 +74,34 @@ def make_video(numbers=24, kind="mp4", codec="libx264", *, gop=12, fps=25, ticks
                 file.mux(packet)
         file.close()
         return Path(target.name).read_bytes()
+
+
+QUIET = {"x265-params": "log-level=none"}
+FILES = {  # name: (kind, codec, what else)
+    "h264 mp4": ("mp4", "libx264", {}),
+    "h264 mkv, open groups, pyramid": ("mkv", "libx264", {"options": {
+        "x264-params": "threads=1:open-gop=1:bframes=3:b-adapt=0:b-pyramid=normal:scenecut=0"}}),
+    "h264 avi, no presentation times": ("avi", "libx264", {}),
+    "h264 ts": ("ts", "libx264", {"audio": True}),
+    "h264 mp4, no keyframes but the first": ("mp4", "libx264", {"gop": 999}),
+    "hevc mp4, open groups": ("mp4", "libx265", {"options": QUIET}),
+    "vp9 webm": ("webm", "libvpx-vp9", {}),
+    "vp8 webm, pictures never shown": ("webm", "libvpx", {"options": {"auto-alt-ref": "1", "lag-in-frames": "9",
+                                                                    "deadline": "good"}}),
+    "mpeg4 avi, b-frames": ("avi", "mpeg4", {"max_b_frames": 2}),
+    "mpeg2 mpg": ("mpg", "mpeg2video", {"max_b_frames": 2}),
+}
+
+
+def settings(**options):
+    return DataSettings(train="x.tar", **options)  # type: ignore[arg-type]
+
+
+def open_one(data, kind="mp4", **options):
+    return open_media({kind: data}, settings(**options))
+
+
+def everything(data):
+    """uint8 [frames, H, W, 3]: all frames, decoded one after the other by plain PyAV."""
+    with av.open(io.BytesIO(data)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
