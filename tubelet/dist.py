@@ -148,16 +148,19 @@ def start(world: World, timeout_seconds: float = 600, control_timeout_seconds: f
     if world.size == 1 and not dist.is_initialized():  # nobody to meet: a port that no other program can take first
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     port = store.port if store else world.port or free_port()
-    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(world.local_rank),
+    bound = cuda and torch.cuda.device_count() == 1 and "SLURM_STEP_ID" in os.environ  # a site that gives each task its GPU
+    index = 0 if bound else world.local_rank
+    # DeepSpeed and Accelerate take LOCAL_RANK for the number of the device.
+    os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(index),
                       LOCAL_SIZE=str(world.local_size), MASTER_ADDR=world.address, MASTER_PORT=str(port))
     if world.size > world.local_size and not os.environ.get("GLOO_SOCKET_IFNAME"):
         card = network.card_for_gloo(world.address)
         if card:
             os.environ["GLOO_SOCKET_IFNAME"] = card
-    device = torch.device("cuda", world.local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", index) if cuda else torch.device("cpu")
     if cuda:
-        if world.local_rank >= torch.cuda.device_count():
-            raise ConfigError(f"Local rank {world.local_rank} has no GPU: {torch.cuda.device_count()} are visible.",
+        if index >= torch.cuda.device_count():
+            raise ConfigError(f"Local rank {index} has no GPU: {torch.cuda.device_count()} are visible.",
                               "start at most one process a GPU, or check CUDA_VISIBLE_DEVICES")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
