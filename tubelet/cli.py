@@ -12,6 +12,7 @@ VERBS = {
     "launch": ("launch.__main__", "start a program on many processes: tubelet launch local --nproc 2 -- pretrain CONFIG"),
     "data": ("data_pipelines.cli", "write, index, verify shards; what they hold"),
     "models": ("tubelet.models.cli", "models, their paper names, parameters and cost"),
+    "plan": ("tubelet.program.plan.cli", "does it fit, how fast, what does it need? before a job, without a GPU"),
     "runs": ("tubelet.program.runs.cli", "list runs and how they stand; show, follow and compare them"),
     "doctor": ("tubelet.program.doctor.cli", "are these hosts fit? versions, GPUs, network, clocks, run folder, shards"),
     "ckpt": ("tubelet.engine.ckpt_cli", "info, verify, export, prune checkpoints"),
