@@ -56,11 +56,13 @@ def query_hosts(request: Request, hosts: Sequence[Host], attempt: Attempt | None
     ports = [first] if request.settings.hostfile.port else list(range(first, first + PORTS_TRIED))
     query = {"nonce": str(nonce), "token": token, "ports": ports, "attempt": asdict(attempt) if attempt else None}
     nonce.write_text(token)
+    sources = [source_hash(ROOT)]
     try:
         line = remote.shell_line(request, ["-m", "launch.probe", json.dumps(query)])
         said = remote.ask(request, [host.name for host in hosts], line)
     finally:
         nonce.unlink(missing_ok=True)
+    sources.append(source_hash(ROOT))  # somebody may have saved a file meanwhile, in a checkout that all share
     answers, problems = dict[str, dict[str, Any]](), dict[str, tuple[str, str]]()
     for host in hosts:
         lines = [text for text in said[host.name].out.splitlines() if text.startswith(MARK)]
@@ -68,7 +70,12 @@ def query_hosts(request: Request, hosts: Sequence[Host], attempt: Attempt | None
             answers[host.name] = json.loads(lines[-1].removeprefix(MARK))
         else:
             problems[host.name] = silent(request, host.name, said[host.name])
-    known = common(answers, request)
+    known = common(answers)
+    if not request.settings.container:  # else the code that runs is in the image
+        known["source"] = sources[0]  # what is here has checked the configuration
+        for answer in answers.values():
+            if answer["versions"]["source"] in sources:
+                answer["versions"]["source"] = sources[0]
     for host in hosts:
         if host.name in answers and (wrong := judge(request, host, answers[host.name], known)):
             problems[host.name] = wrong
@@ -105,17 +112,13 @@ def silent(request: Request, host: str, answer: remote.Answer) -> tuple[str, str
     return f"the first command ended with exit code {answer.code}: {said}", "run it there by hand, with the setup lines"
 
 
-def common(answers: Mapping[str, dict[str, Any]], request: Request) -> dict[str, str]:
-    """The versions that hosts should have: of our own source what is here, which has checked the configuration; of all else
-    what most hosts have."""
+def common(answers: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    """The versions that hosts should have: what most of them have."""
     counted = dict[str, Counter[str]]()
     for answer in answers.values():
         for key, value in answer["versions"].items():
             counted.setdefault(key, Counter())[value] += 1
-    known = {key: counter.most_common(1)[0][0] for key, counter in counted.items()}
-    if known and not request.settings.container:
-        known["source"] = source_hash(ROOT)
-    return known
+    return {key: counter.most_common(1)[0][0] for key, counter in counted.items()}
 
 
 def judge(request: Request, host: Host, answer: dict[str, Any], known: Mapping[str, str]) -> tuple[str, str] | None:

@@ -20,13 +20,18 @@ if __name__ == "__main__":  # as every program: a signal before its handlers are
 
 import argparse
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 from launch.request import MODULES, split
+from launch.restarting import END
+from launch.restarts import attempt_of, decide
+from launch.settings import RestartSettings
 from launch.workers import supervise, threads, torchrun
-from tubelet.errors import ConfigError, TubeletError
+from tubelet.errors import EXIT_LOST, ConfigError, RunError, TubeletError
+from tubelet.runs import scheduler_job
 
 JOIN_SECONDS = 300
 """How long the nodes wait for each other at the start."""
@@ -43,6 +48,9 @@ def parse(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--endpoint", required=True, help="HOST:PORT of node 0, at which the ranks meet")
     parser.add_argument("--id", required=True, help="id of this start of the job")
     parser.add_argument("--cpus-per-task", type=int, default=None, help="cores of a process")
+    parser.add_argument("--seconds", type=int, default=None, help="the job saves and leaves before so many seconds are over")
+    parser.add_argument("--run", default="", help="the run's folder: node 0 asks whether a restarted job has got anywhere")
+    parser.add_argument("--max-without-progress", type=int, default=3, help="as restart.max_without_progress")
     parser.add_argument("--env-file", default="", help="variables as DeepSpeed's .deepspeed_env has them")
     parser.add_argument("--orders", default="", help="file whose lines are numbers of signals to pass on")
     parser.add_argument("--leave-with-stdin", action="store_true", help="save and leave when standard input ends")
@@ -62,6 +70,10 @@ def main(words: Sequence[str] | None = None) -> int:
     rank = int(text)
     if options.env_file:
         os.environ.update(read_env_file(Path(options.env_file)))
+    if options.run and rank == 0:
+        check_progress(Path(options.run), options.max_without_progress)
+    if options.seconds is not None:
+        os.environ[END] = f"{time.time() + options.seconds:.0f}"
     counts, devices = options.processes.split(","), options.devices.split("/")
     processes = int(counts[rank] if len(counts) > 1 else counts[0])
     if len(devices) > rank and devices[rank]:
@@ -73,6 +85,19 @@ def main(words: Sequence[str] | None = None) -> int:
                f"--rdzv-conf=timeout={JOIN_SECONDS}", "-m", MODULES[program[0]], *program[1:]]
     orders = Orders(Path(options.orders) if options.orders else None, options.leave_with_stdin)
     return supervise(command, os.environ, orders=orders, output=pass_through if options.leave_with_stdin else None).code
+
+
+def check_progress(folder: Path, most: int) -> None:
+    """For schedulers that restart a job without asking: raises `RunError` when this is a restart that must not be. How the
+    start before ended is what the run itself has written down; with nothing there it was lost."""
+    job, restarts = scheduler_job(os.environ)
+    if not restarts:
+        return
+    settings = RestartSettings(max_without_progress=most)
+    decision = decide(folder, EXIT_LOST, settings, job=job, attempt=attempt_of(folder, job, restarts - 1))
+    print(f"launch: {decision.said}", flush=True)
+    if not decision.restart:
+        raise RunError("This job is not started again; see above.", "mend it, delete the job and submit it again")
 
 
 def read_env_file(path: Path) -> dict[str, str]:

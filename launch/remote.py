@@ -21,6 +21,7 @@ from typing import IO
 
 from launch.request import Request
 from launch.workers import with_setup
+from tubelet import dist
 from tubelet.errors import ConfigError
 
 EXTRA_SECONDS = 90.0
@@ -124,9 +125,12 @@ class Nodes:
         else:
             commands = [(ssh_command(request, host, line(str(rank))), {}) for rank, host in enumerate(hosts)]
         self._pdsh = request.settings.hostfile.transport == "pdsh"
-        # A session of their own: a terminal's Ctrl-C is for us, who pass it on. Their input ends with this process.
+        # A session of their own: a terminal's Ctrl-C is for us, who pass it on. Their input ends with this process; pdsh
+        # does not read it, but when it is gone its ssh's lose theirs.
         self.processes = [subprocess.Popen(command, env={**os.environ, **env}, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                           stderr=subprocess.STDOUT, start_new_session=True) for command, env in commands]
+                                           stderr=subprocess.STDOUT, start_new_session=True,
+                                           preexec_fn=dist.die_with_parent if self._pdsh else None)
+                          for command, env in commands]
         names = [""] if self._pdsh else [f"{host}: " for host in hosts]
         self._readers = [threading.Thread(target=self._show, args=(process.stdout, name), daemon=True)
                          for process, name in zip(self.processes, names)]

@@ -36,9 +36,9 @@ class Ended(NamedTuple):
     asked: bool
 
 
-def environment(request: Request) -> dict[str, str]:
-    """What all processes of a job get beside the caller's environment, whichever node they are on."""
-    given = {key: os.environ[key] for key in DEFAULTS if key in os.environ}
+def environment(request: Request, env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """What all processes of a job get beside the environment `env`, whichever node they are on."""
+    given = {key: env[key] for key in DEFAULTS if key in env}
     return {**_TORCHRUN, **DEFAULTS, **given, **request.settings.environment}
 
 
