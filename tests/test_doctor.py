@@ -310,15 +310,21 @@ def test_a_container_with_little_memory_shm_and_cores_is_warned_of(tmp_path):
 
 def test_names_that_only_one_host_knows_matter_when_nodes_are_apart_and_not_on_one_machine():
     from tubelet.program.doctor.network import judge_addresses
+    from tubelet.program.doctor.nodes import unknown_cards
 
-    def facts(address, machine):
+    def facts(address, machine, card="eth0"):
         return {"address": {"name": "n", "address": address, "card": "lo", "cards": ["lo", "eth0"], "machine": machine,
-                            "unknown_card": ""}}
+                            "unknown": unknown_cards({"GLOO_SOCKET_IFNAME": card}, ["lo", "eth0"])}}
 
     (apart,) = judge_addresses(nodes_of({"a": facts("10.0.0.1", "1"), "b": facts("127.0.1.1", "2")}))
     assert (apart.status, apart.hosts) == ("fail", ["b"]) and "GLOO_SOCKET_IFNAME" in apart.hint
     (together,) = judge_addresses(nodes_of({"a": facts("127.0.0.1", "1"), "b": facts("127.0.0.1", "1")}))
     assert together.status == "ok"
+    (wrong,) = judge_addresses(nodes_of({"a": facts("10.0.0.1", "1", "ib0")}))
+    assert (wrong.status, wrong.hosts) == ("fail", ["a"]) and "GLOO_SOCKET_IFNAME=ib0" in wrong.value
+    assert unknown_cards({"GLOO_SOCKET_IFNAME": "eth0,ib0"}, ["eth0"]) == ["GLOO_SOCKET_IFNAME=eth0,ib0"]  # gloo wants all
+    assert not unknown_cards({"NCCL_SOCKET_IFNAME": "ib,eth"}, ["eth0"])  # NCCL any, by its beginning
+    assert unknown_cards({"NCCL_SOCKET_IFNAME": "=eth"}, ["eth0"]) and not unknown_cards({"NCCL_SOCKET_IFNAME": "^x"}, [])
 
 
 def test_room_is_wanted_for_the_checkpoints_that_the_recipe_keeps(tmp_path):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -207,7 +208,8 @@ def join(assembly: Assembly) -> None:
         torch_dist.init_process_group("gloo", store=torch_dist.PrefixStore("group", store), rank=world.rank,
                                       world_size=world.size, timeout=timedelta(seconds=assembly.seconds))
     except (RuntimeError, ValueError) as caught:
-        error = str(caught).splitlines()[0][:300] or type(caught).__name__
+        text = re.sub(r"\[[^\]]*/[^\]]*\] ?", "", (str(caught).splitlines() or [""])[0])  # without places in gloo's sources
+        error = text[:300] or type(caught).__name__
     if world.size == 1:
         return
     assembly.say(f"joined/{world.rank}", error)

@@ -19,7 +19,7 @@ from tubelet.errors import EXIT_ERROR, TubeletError
 from tubelet.program.doctor import data, folder, gpus, machine, network, speeds, versions
 from tubelet.program.doctor.assembly import Assembly, assemble, join, listener, unreachable
 from tubelet.program.doctor.findings import Finding, some
-from tubelet.program.doctor.nodes import Node, identity, name_missing, own_address, rank_labels
+from tubelet.program.doctor.nodes import Node, identity, name_missing, own_address, rank_labels, unknown_cards
 from tubelet.program.doctor.options import CHECKS, Options
 from tubelet.program.doctor.report import Report, order
 
@@ -87,13 +87,10 @@ def look_around(world: dist.World) -> tuple[dict[str, Any], Any]:
         import psutil
 
         cards = sorted(psutil.net_if_addrs())
-        named = [name.lstrip("=^") for key in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
-                 for name in os.environ.get(key, "").split(",") if name and not name.startswith("^")]
-        unknown = [name for name in named if not any(item.startswith(name) for item in cards)]
         note["facts"] = {"versions": versions.look(), "machine": machine.look(), "gpus": gpus.look(),
                          "address": {"name": note["host"], "address": address, "card": card, "cards": cards,
                                      "machine": " ".join(note["identity"][:3]),
-                                     "unknown_card": ", ".join(unknown)}}
+                                     "unknown": unknown_cards(os.environ, cards)}}
         if world.size > world.local_size and address:
             server, note["listens"] = listener(address)
     note["gpus"] = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -115,8 +112,7 @@ def _reach(mine: Examination) -> None:
     if mine.world.speaks:
         heard = assembly.hear_all("reach", list(mine.firsts), assembly.seconds)
         failures = {mine.firsts[rank]: targets for rank, targets in heard.items()}
-        mine.findings += network.judge_reach(failures, {label: port for label, (_, port) in doors.items()},
-                                             f"{mine.world.address}:{mine.world.port}")
+        mine.findings += network.judge_reach(failures, doors, f"{mine.world.address}:{mine.world.port}")
 
 
 # ------------------------------------------------------------------------------------------------------- together
@@ -198,9 +194,8 @@ def _speed(mine: Examination) -> list[Finding]:
 
 
 def _network(mine: Examination) -> list[Finding]:
-    found = network.judge_addresses(mine.nodes) if mine.world.speaks else []
     if mine.world.size == 1:
-        return [*found, Finding("network", "all-reduce", "skipped", "one rank")]
+        return [Finding("network", "all-reduce", "skipped", "one rank")]
     device, quick, backend = mine.device, mine.options.quick, "gloo"
     small, group, error = network.latency(), None, ""
     times: list[float] = []
@@ -215,17 +210,16 @@ def _network(mine: Examination) -> list[Finding]:
         labels = rank_labels(mine.nodes)
         failed = {labels[rank]: text for rank, text in enumerate(dist.gather(error)) if text}
         if failed:
-            return [*found, Finding("network", "all-reduce, NCCL", "fail", f"{next(iter(failed.values()))} "
-                                    f"({some(list(failed))})", "NCCL connects all ranks", "NCCL_DEBUG=INFO says where it "
-                                    "stops; NCCL_SOCKET_IFNAME, NCCL_IB_HCA, one NCCL version", list(failed), failed)]
+            return [Finding("network", "all-reduce, NCCL", "fail", f"{next(iter(failed.values()))} ({some(list(failed))})",
+                            "NCCL connects all ranks", "NCCL_DEBUG=INFO says where it stops; NCCL_SOCKET_IFNAME, "
+                            "NCCL_IB_HCA, one NCCL version", list(failed), failed)]
     else:
         times = [network.all_reduce(None, device, nbytes) for nbytes in sizes]
     slowest = dict(zip(sizes, dist.maxima(times)))
     rates = _pairs(mine, group)
     if not mine.world.speaks:
         return []
-    return [*found, *network.judge_collectives(slowest, mine.world.size, backend, small),
-            *network.judge_pairs(rates)]
+    return [*network.judge_collectives(slowest, mine.world.size, backend, small), *network.judge_pairs(rates)]
 
 
 def _pairs(mine: Examination, group: Any) -> dict[tuple[str, str], float]:
@@ -300,9 +294,7 @@ def _report(mine: Examination) -> Report:
     assembly, nodes = mine.assembly, mine.nodes
     missing = name_missing(mine.world, assembly.missing, nodes)
     found = [_came(mine, missing), *versions.judge(nodes), *gpus.judge(nodes, assembly.notes),
-             *machine.judge(nodes, mine.needs), *mine.findings]
-    if not mine.findings:
-        found += network.judge_addresses(nodes)
+             *machine.judge(nodes, mine.needs), *network.judge_addresses(nodes), *mine.findings]
     return Report(order(found), nodes, mine.world.size, missing, time.monotonic() - mine.begun, mine.options.config)
 
 

@@ -208,11 +208,11 @@ def judge_pairs(rates: dict[tuple[str, str], float]) -> list[Finding]:
 def judge_addresses(nodes: Sequence[Node]) -> list[Finding]:
     """Under which address and card each node offers itself to the others."""
     facts = known(nodes, "address")
-    missing = [label for label, mine in facts.items() if mine["unknown_card"]]
+    missing = [label for label, mine in facts.items() if mine["unknown"]]
     found = []
     if missing:
         mine = facts[missing[0]]
-        found.append(Finding("network", "cards", "fail", f"{mine['unknown_card']} on {some(missing)} is none of "
+        found.append(Finding("network", "cards", "fail", f"{', '.join(mine['unknown'])} on {some(missing)}, which has "
                              f"{', '.join(mine['cards'])}", "NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME name cards of "
                              "the host", "unset them, or the name of the card that `ip addr` shows", missing))
     if len(facts) < 2:
@@ -234,14 +234,15 @@ def judge_addresses(nodes: Sequence[Node]) -> list[Finding]:
     return found
 
 
-def judge_reach(failures: dict[str, dict[str, str]], ports: dict[str, int], where: str) -> list[Finding]:
-    """`failures`: {host: {host that it cannot reach: why}}; `ports`: what each host listened at, 0 = it could not."""
-    deaf = [label for label, port in ports.items() if not port]
+def judge_reach(failures: dict[str, dict[str, str]], doors: dict[str, tuple[str, int]], where: str) -> list[Finding]:
+    """`failures`: {host: {host that it cannot reach: why}}; `doors`: (address, port) at which each host listened, port 0 =
+    it could not. A host without an address is the trouble of `judge_addresses`."""
+    deaf = [label for label, (address, port) in doors.items() if address and not port]
     bad = {label: targets for label, targets in failures.items() if targets}
     rule = "every node reaches every other one at any port, and rank 0's at MASTER_PORT"
     if not bad and not deaf:
-        return [Finding("network", "reachable", "ok", f"{where} and {len(ports) * (len(ports) - 1)} connections between "
-                        f"{len(ports)} nodes", rule)]
+        return [Finding("network", "reachable", "ok", f"{where} and {len(doors) * (len(doors) - 1)} connections between "
+                        f"{len(doors)} nodes", rule)]
     said = [f"{label} cannot reach {some(list(targets))} ({next(iter(targets.values()))})" for label, targets in bad.items()]
     said += [f"{label} cannot listen at its own address" for label in deaf]
     blamed = list(dict.fromkeys([*deaf, *(target for targets in bad.values() for target in targets)]))

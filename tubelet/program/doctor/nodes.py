@@ -57,16 +57,29 @@ def own_address(env: Mapping[str, str] = os.environ) -> tuple[str, str]:
     wanted = [name for name in env.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
     cards = {name: [item.address for item in items if item.family == socket.AF_INET]
              for name, items in psutil.net_if_addrs().items()}
-    for name in wanted:
-        if cards.get(name):
-            return cards[name][0], name
-    if wanted:
-        return "", wanted[0]
+    if wanted:  # all of them must be there
+        return (cards[wanted[0]][0] if cards.get(wanted[0]) else ""), wanted[0]
     try:
         address = socket.gethostbyname(socket.gethostname())
     except OSError:
         return "", ""
     return address, next((name for name, addresses in cards.items() if address in addresses), "")
+
+
+def unknown_cards(env: Mapping[str, str], cards: Sequence[str]) -> list[str]:
+    """`VARIABLE=value` that name no network card of this host. gloo wants every name of its list, as it is; NCCL one, of
+    which the beginning is enough (or, after `=`, the whole)."""
+    found = []
+    gloo = env.get("GLOO_SOCKET_IFNAME", "")
+    if any(name not in cards for name in gloo.split(",") if name):
+        found.append(f"GLOO_SOCKET_IFNAME={gloo}")
+    nccl = env.get("NCCL_SOCKET_IFNAME", "")
+    names = nccl.removeprefix("=").split(",")
+    exact = nccl.startswith("=")
+    if nccl and not nccl.startswith("^") and not any(
+            card == name if exact else card.startswith(name) for name in names for card in cards):
+        found.append(f"NCCL_SOCKET_IFNAME={nccl}")
+    return found
 
 
 def group_nodes(notes: Mapping[int, Mapping[str, Any]]) -> list[Node]:
