@@ -9,10 +9,11 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import UnionType
 from typing import TYPE_CHECKING, Any, get_args
 
 from launch.settings import LaunchSettings, find_site, load_site
-from tubelet.config import known_fields, parse_overrides
+from tubelet.config import known_fields, parse_overrides, parse_yaml
 from tubelet.errors import ConfigError, Problems, nearest
 
 if TYPE_CHECKING:
@@ -195,25 +196,36 @@ def _take_all(words: list[str], option: str) -> tuple[list[str], list[str]]:
 
 
 def read_options(launcher: str, words: Sequence[str]) -> dict[str, Any]:
-    """Words before `--` -> {dotted key of `LaunchSettings`: value}. `--nproc` is `--processes-per-node`."""
+    """Words before `--` -> {dotted key of `LaunchSettings`: value}. `--nproc` is `--processes-per-node`. A setting that is a
+    text is taken as it stands (24:00, 0123, a command with colons and =), other values are YAML. Raises `ConfigError`."""
     fields = dict(known_fields(LaunchSettings))
     section = SECTIONS[launcher]
-    flags, rest = {}, []
-    words = list(words)
-    for at, word in enumerate(words):
-        key = _full(word.lstrip("-").partition("=")[0].replace("-", "_"), section, fields)
+    found: dict[str, Any] = {}
+    words, rest = list(words), []
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.lstrip("-").partition("=")
+        key = _full(name.replace("-", "_"), section, fields)
         info = fields.get(key)
-        after = words[at + 1] if at + 1 < len(words) else "--"
-        if info is not None and "=" not in word and info.annotation is bool and (after.startswith("-") or "=" in after):
-            flags[key] = True  # --exclusive
-        else:
+        kinds = _kinds(info.annotation) if info is not None else ()
+        variable = key.startswith("environment.")
+        if not (info or variable) or not (equals or word.startswith("--")):
             rest.append(word)
-    found = {_full(key, section, fields): value for key, value in parse_overrides(rest).items()}
-    for key, value in found.items():  # 24:00 and 0123 are texts where a text is wanted
-        info = fields.get(key)
-        if info is not None and str in (info.annotation, *get_args(info.annotation)) and isinstance(value, (int, float)):
-            found[key] = str(value)
-    return {**found, **flags}
+        elif bool in kinds and not equals and (not words or words[0].startswith("-") or "=" in words[0]):
+            found[key] = True  # --exclusive
+        elif not equals and (not words or words[0].startswith("--")):
+            raise ConfigError(f"`{word}` has no value.", f"{word} VALUE, or {word}=VALUE")
+        else:
+            value = value if equals else words.pop(0)
+            text = variable or str in kinds
+            found[key] = None if value in ("", "null") and not variable else value if text else parse_yaml(
+                value, f"value of {key}")
+    return {**found, **{_full(key, section, fields): value for key, value in parse_overrides(rest).items()}}
+
+
+def _kinds(annotation: Any) -> tuple[Any, ...]:
+    """`str | None` -> str, None; anything else is by itself."""
+    return get_args(annotation) if isinstance(annotation, UnionType) else (annotation,)
 
 
 def _full(key: str, section: str, fields: dict[str, Any]) -> str:

@@ -181,8 +181,12 @@ def attempt_of(folder: Path, job: str, restarts: int) -> int:
 
 def restarts_without_progress(folder: Path, job: str, step: int | None) -> int:
     """How many restarts of a job until now, in a row, began and ended at `step`. Another submission counts anew."""
+    try:
+        before = files.read_jsonl(folder / "launch" / ROWS)
+    except OSError as error:
+        raise _forgetful(folder, error) from None
     count = 0
-    for row in reversed(files.read_jsonl(folder / "launch" / ROWS)):
+    for row in reversed(before):
         if row.get("job") != job or not row.get("restart") or row.get("step") != step:
             break
         count += 1
@@ -194,9 +198,14 @@ def _remember(folder: Path, decision: Decision, job: str) -> None:
     try:
         (folder / "launch").mkdir(parents=True, exist_ok=True)
         files.append_jsonl(folder / "launch" / ROWS, [row])
-    except OSError as error:  # without memory it would be started for ever
-        raise CheckpointError(f"{folder / 'launch' / ROWS} cannot be written: {error.strerror or error}; the job is not "
-                              "started again.", "free space and permissions there, then submit it again") from None
+    except OSError as error:
+        raise _forgetful(folder, error) from None
+
+
+def _forgetful(folder: Path, error: OSError) -> CheckpointError:
+    """Without memory a job would be started for ever."""
+    return CheckpointError(f"{folder / 'launch' / ROWS} cannot be read and written: {error.strerror or error}; the job is "
+                           "not started again.", "free space and permissions there, then submit it again")
 
 
 def read_json(path: Path) -> dict[str, Any]:
