@@ -38,7 +38,10 @@ def _head(request: Request) -> str:
     words = "; ".join(filter(None, [
         f"# {request.program} {request.name}: written by `python -m launch slurm`",
         f"{len(request.runs)} runs, one task of the array each" if request.runs else ""]))
-    return f"#!/bin/bash\n{words}. To submit it by hand: sbatch THIS"
+    given = [*request.settings.environment.values(), *request.words, request.settings.container]
+    literal = any(mark in text for text in given for mark in "$`")
+    return f"#!/bin/bash\n{words}. To submit it by hand: sbatch THIS" + (
+        "\n# shellcheck disable=SC2016 # values are meant as they stand" if literal else "")
 
 
 def options(request: Request) -> list[str]:

