@@ -36,7 +36,7 @@ def script(request: Request, hide: bool = False) -> str:
 
 def _head(request: Request) -> str:
     words = "; ".join(filter(None, [
-        f"# {request.program} {request.name}: written by `python -m launch slurm`",
+        f"# {' '.join(dict.fromkeys([request.program, request.name]))}: written by `python -m launch slurm`",
         f"{len(request.runs)} runs, one task of the array each" if request.runs else ""]))
     given = [*request.settings.environment.values(), *request.words, request.settings.container]
     literal = any(mark in text for text in given for mark in "$`")

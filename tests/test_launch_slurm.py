@@ -37,7 +37,8 @@ CASES = {
         "--reservation", "march", "--constraint", "h100&ib", "--nodelist", "g[1-8]", "--exclude", "g3,g5", "--exclusive",
         "--gpu-request", "gres", "--gpu-type", "h100", "--signal-seconds", "600", "--output", "logs/%x-%j.out",
         "--slurm.srun=[--cpu-bind=cores, '--container-mounts=/data:/data']", "--slurm.sbatch=[--mail-type=FAIL]",
-        "--restart.max-without-progress", "5", "--restart.on-failure", "false", *PRETRAIN, "optimizer.lr=1e-3", "data.train=/data/$x.tar"],
+        "--restart.max-without-progress", "5", "--restart.on-failure", "false", *PRETRAIN, "optimizer.lr=1e-3",
+        "data.train=/data/$x.tar"],
     "range": ["--nodes", "1-2", "--restart.exclude-failed-node", "--exclude", "g3", *PRETRAIN],
     "container": ["--container", "apptainer exec --nv /images/tubelet.sif bash -c 'cd /src && {command}'", *PRETRAIN,
                   "data.train='/data/a b.tar'"],
@@ -86,7 +87,7 @@ def test_the_script_that_is_submitted_holds_the_secrets_that_the_shown_one_hides
     assert "0123456789abcdef" in script(request_of(*CASES["everything"]))
 
 
-def test_a_dry_run_takes_less_than_half_a_second_of_cpu_and_neither_torch_nor_numpy():
+def test_a_dry_run_checks_the_whole_config_without_torch_and_numpy():
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
     code = ("import sys; from launch.__main__ import main; code = main(sys.argv[1:]); print('TOO MUCH', "
             "[name for name in ('torch', 'numpy', 'fsspec', 'rich') if name in sys.modules]); sys.exit(code)")
@@ -94,7 +95,7 @@ def test_a_dry_run_takes_less_than_half_a_second_of_cpu_and_neither_torch_nor_nu
                           text=True)
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0 and "TOO MUCH []" in done.stdout, done.stdout + done.stderr
-    print(f"{after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime:.2f} s of CPU")
+    print(f"{after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime:.2f} s of CPU (0.33 when it was written)")
 
 
 def test_the_notice_before_the_end_never_fills_a_short_job():

@@ -1,5 +1,5 @@
 #!/bin/bash
-# evaluate evaluate: written by `python -m launch slurm`. To submit it by hand: sbatch THIS
+# evaluate: written by `python -m launch slurm`. To submit it by hand: sbatch THIS
 #SBATCH --job-name=evaluate
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8

@@ -1,5 +1,5 @@
 #!/bin/bash
-# data data: written by `python -m launch slurm`. To submit it by hand: sbatch THIS
+# data: written by `python -m launch slurm`. To submit it by hand: sbatch THIS
 #SBATCH --job-name=data
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1
