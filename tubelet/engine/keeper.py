@@ -51,6 +51,15 @@ class Keeper:
         self.saved_at = time.monotonic()
         self.longest_seconds = 0.0
 
+    def resumed(self, state: TrainState) -> None:
+        """The run goes on from its own checkpoint of `state.step`. If that one was judged the best only after it had been
+        written (by a start that found it there, unevaluated), the record knows and the state in it does not."""
+        self.saved_step = state.step
+        recorded = dist.broadcast(dist.together(lambda: read_best(self.target) if self.engine.world.rank == 0 else None))
+        if recorded and recorded["step"] == state.step and self.settings.checkpoint.best is not None \
+                and recorded["metric"] == self.settings.checkpoint.best.metric:
+            state.best = {key: recorded[key] for key in ("metric", "value", "step")}
+
     def start(self, state: TrainState, average: Sequence[torch.Tensor] | None, total_steps: int) -> None:
         """Begin a checkpoint of `state`, between steps; one that is being written is published first. Returns when the
         state has been copied aside, or, written synchronously, when it is published."""

@@ -132,7 +132,7 @@ class Trainer:
                 restored.show(self.beginning.kind, self.beginning.folder, counts)
                 self.run.event(self.beginning.kind, folder=str(self.beginning.folder), **counts)
         if self.beginning.kind == "resume":
-            self.keeper.saved_step = self.state.step
+            self.keeper.resumed(self.state)
 
     def rehearse(self) -> None:
         """One forward pass on zeros, so that shape errors and out-of-memory show before the first batch is read."""
