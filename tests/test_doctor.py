@@ -120,7 +120,7 @@ def test_each_thing_that_is_wrong_with_a_host_is_found_and_the_host_named(tmp_pa
 
 def test_a_rank_that_does_not_come_is_named_and_what_the_others_found_is_said():
     begun = time.monotonic()
-    ended = end(start_ranks(3, "--timeout", "5", "--json", "-", hosts="alpha,beta,gamma", leave_out=[2],
+    ended = end(start_ranks(3, "--timeout", "10", "--json", "-", hosts="alpha,beta,gamma", leave_out=[2],
                             faults={1: "other_version"}))
     code, out, _ = ended[0]
     report = json.loads(out)
@@ -133,7 +133,7 @@ def test_a_rank_that_does_not_come_is_named_and_what_the_others_found_is_said():
 
 @pytest.mark.parametrize("fault", ["dies", pytest.param("hangs", marks=pytest.mark.slow)])
 def test_a_rank_that_is_lost_during_a_check_is_named(fault):
-    processes = start_ranks(2, "--skip", "speed,folder", "--timeout", "6", "--json", "-", faults={1: fault})
+    processes = start_ranks(2, "--skip", "speed,folder", "--timeout", "12", "--json", "-", faults={1: fault})
     if fault == "hangs":
         (code, out, err) = end({0: processes[0]})[0]
         processes[1].kill()

@@ -7,10 +7,12 @@ from typing import Any
 
 from data_pipelines.bench import bench
 from data_pipelines.index import storage_of
+from data_pipelines.mix import in_pairs
 from data_pipelines.plan import plan_data
 from data_pipelines.reader import Reader
 from data_pipelines.recipe import Recipe
 from data_pipelines.samples import Source, open_sources
+from tubelet.batching import micro_batch_multiple
 from tubelet.config import check
 from tubelet.dist import World
 from tubelet.errors import TubeletError
@@ -56,9 +58,8 @@ def look(settings: ProgramSettings, *, nodes: int, ranks: int, seed: int, quick:
 def _recipe(settings: ProgramSettings, data: Any, seed: int) -> Recipe:
     values = {**settings.model_dump(mode="json"), "data": data.model_dump(mode="json"), "seed": settings.seed + seed}
     recipe = check(Recipe, values)
-    small = min(recipe.max_micro_batch_size, 16)  # enough to time, and soon done where cores are few
-    fits = recipe.global_batch_size % 2 == 0 or not (data.augment.mixup_alpha or data.augment.cutmix_alpha)
-    return recipe.model_copy(update={"micro_batch_size": "auto", "max_micro_batch_size": small}) if fits else recipe
+    small = max(16, micro_batch_multiple(in_pairs(data.augment), data.repeats))  # enough to time, and soon done
+    return recipe.model_copy(update={"micro_batch_size": "auto", "max_micro_batch_size": small})
 
 
 def _read_some(sources: Sequence[Source]) -> int:
@@ -114,7 +115,7 @@ def _rates(well: dict[str, dict[str, Any]], need: float | None) -> list[Finding]
     found = []
     if rates:
         workers = next(iter(well.values()))["workers"]
-        what = f"samples/s of one rank's loader with {workers} worker(s), decoded and augmented"
+        what = f"samples/s of one rank's loader with {workers} worker(s), decoded and augmented, alone on its node"
         found.append(at_least("data", "reading", rates, show=lambda value: f"{value:,.0f}", what=what, warn=need or 0.0,
                               rule=f"at least --need {need:g}" if need else "told; --need SAMPLES_PER_SECOND judges it",
                               hint=f"`tubelet data bench` on that host says which stage is slow (here: "

@@ -156,7 +156,7 @@ def _stopped(mine: Examination, name: str, error: Exception) -> Finding:
     mine.assembly.say(f"stopped/{mine.world.rank}", True)
     silent: list[int] = []
     if mine.world.speaks and mine.world.size > 1:
-        heard = mine.assembly.hear_all("stopped", range(mine.world.size), min(10.0, mine.options.seconds))
+        heard = mine.assembly.hear_all("stopped", range(mine.world.size), min(5.0, mine.options.seconds))
         silent = [rank for rank in range(mine.world.size) if rank not in heard]
     labels = rank_labels(mine.nodes)
     text = (str(error).splitlines() or [type(error).__name__])[0][:200]
