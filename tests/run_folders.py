@@ -31,12 +31,16 @@ def change(run, number=None, **fields):
 
 def age(folder, seconds):
     for path in folder.rglob("*"):
-        os.utime(path, (NOW - seconds, NOW - seconds))
+        os.utime(path, (time.time() - seconds,) * 2)
+
+
+LOGGED = NOW + 10_000
+"""When `log` says that step 0 was: after every event of a test, however long that takes."""
 
 
 def log(run, first, last, loss=2.0, every=1, **more):
     files.append_jsonl(run.folder / "metrics.jsonl", [
-        {"step": step, "time": NOW + step, "train/loss": loss, "perf/samples_per_sec": 40.0, "perf/step_time": 0.5,
+        {"step": step, "time": LOGGED + step, "train/loss": loss, "perf/samples_per_sec": 40.0, "perf/step_time": 0.5,
          "samples_seen": 16.0 * step, "train/epoch": 16 * step / 160, **more} for step in range(first, last + 1, every)])
 
 
@@ -51,6 +55,7 @@ def checkpoint(place, step, **manifest):
 
 
 def goodput(run, number, first, last, compute=80.0):
+    begun = run.attempt.time
     files.write_json(run.folder / "attempts" / f"goodput-{number:04d}.json", {
-        "time": NOW + 100, "process_started": NOW, "first_step": first, "step": last, "redone_steps": 0,
+        "time": begun + 100, "process_started": begun, "first_step": first, "step": last, "redone_steps": 0,
         "seconds": {"compute": compute, "data": 100.0 - compute}, "communication_share": 0.0})

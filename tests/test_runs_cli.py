@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 from programs import ROOT, kill, recipe, rows, run, start, wait_for
-from run_folders import NOW, age, begin, change, checkpoint, goodput, log, say
+from run_folders import LOGGED, NOW, age, begin, change, checkpoint, goodput, log, say
 
-from tubelet import files
+from tubelet import files, first_error
 from tubelet.program.runs.standing import standing
 from tubelet.runs import Run, RunSettings
 
@@ -48,6 +48,17 @@ def test_a_start_without_an_end_runs_if_its_process_does_and_is_lost_otherwise(t
     assert found.state == "lost" and str(gone.pid) in found.note
 
 
+def test_a_start_that_could_not_tell_its_end_but_had_an_error_has_failed_with_it(tmp_path):
+    run = begin(tmp_path)
+    first_error.keep(run.folder, 1, rank=3, code=87, error="error: rank 3 lost the connection to rank 0.\n  Try: again")
+    assert standing(run.folder).state == "running"  # it is still leaving
+    for host, pid_started in ((run.attempt.host, "1"), ("n3", "1")):
+        change(run, host=host, pid_started=pid_started)
+        found = standing(run.folder)
+        assert found.state == "failed"
+        assert found.note == f"rank 3 on {socket.gethostname()}: rank 3 lost the connection to rank 0."
+
+
 def test_of_a_process_on_another_host_only_the_last_sign_is_known(tmp_path):
     run = begin(tmp_path)
     log(run, 1, 3)
@@ -58,7 +69,7 @@ def test_of_a_process_on_another_host_only_the_last_sign_is_known(tmp_path):
     age(run.folder, 3 * 3600)
     found = standing(run.folder)
     assert (found.state, found.note) == ("lost?", "host n3, last sign 3 h ago")
-    files.append_jsonl(run.folder / "metrics.jsonl", [{"step": 4, "time": NOW + 3 + 3600}])  # it is used to such pauses
+    files.append_jsonl(run.folder / "metrics.jsonl", [{"step": 4, "time": LOGGED + 3 + 3600}])  # it is used to such pauses
     age(run.folder, 3 * 3600)
     assert standing(run.folder).state == "running?"
 

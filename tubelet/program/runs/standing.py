@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tubelet import first_error
 from tubelet.engine.goodput import Report, records, report
 from tubelet.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_SUPERSEDED, RunError, nearest
 from tubelet.program.runs import reading
@@ -161,9 +162,13 @@ def end_of(run: Run, attempt: Attempt, *, last: bool = False, silent: float = 0.
         return End(state, note, reading.number(record, "time"), reading.whole(record.get("step")), code)
     if path.exists():
         return End("lost" if last else "killed", "the record of its end is damaged")
+    lives = alive(attempt) if last else False
+    error = None if lives else first_error.read(run.folder, attempt.number)
+    if isinstance(error, dict):  # it could tell its end no more, as when a rank is lost
+        note = f"rank {error.get('rank')} on {error.get('host')}: {error.get('error', '').removeprefix('error: ')}"
+        return End("failed", reading.first_line(redact(note)), reading.number(error, "time"), code=error.get("code"))
     if not last:
         return End("killed", "left no word")
-    lives = alive(attempt)
     if lives is not None:
         return End("running", f"pid {attempt.pid}") if lives else End("lost", f"process {attempt.pid} is gone")
     note = f"host {attempt.host}, last sign {reading.ago(silent)} ago"
