@@ -1,13 +1,18 @@
 """A whole run in a few milliseconds: the real trainer and engines around a linear model, and a loader whose sample x is the
 picture of constant brightness x. For tests of the loop; sharded runs go through `ranks.run_ranks`."""
 
+import contextlib
 import itertools
 
 import torch
 
+from tubelet import dist
 from tubelet.engine.build import build_engine
+from tubelet.engine.checkpoint.folder import published
+from tubelet.engine.checkpoint.format import read_manifest
 from tubelet.engine.settings import EngineSettings
-from tubelet.engine.trainer import Beginning, Trainer
+from tubelet.engine.state import Beginning, TrainState
+from tubelet.engine.trainer import Trainer
 from tubelet.errors import DataError
 from tubelet.runs import Run, RunSettings
 
@@ -91,6 +96,25 @@ def little_trainer(folder, world, device, *, name="r", loader=None, objective=No
                    micro_batch_size=micro_batch_size, total_steps=total_steps, manifest={"config": {}},
                    beginning=beginning or Beginning("scratch"), eval_loaders=eval_loaders, on_eval=on_eval,
                    phases=phases)
+
+
+@contextlib.contextmanager
+def trainers(folder, **usual):
+    """`make(name, **changes)` of trainers of this process alone; `usual` are changes that all of them share. Without a name
+    each is a run of its own."""
+    world, number = dist.World(), itertools.count()
+    device = dist.start(world)
+    try:
+        yield lambda name=None, **changes: little_trainer(
+            folder, world, device, **{**usual, **changes, "name": name or usual.get("name") or f"r{next(number)}"})
+    finally:
+        dist.stop()
+
+
+def resumed(folder):
+    """The beginning of a run's next start: its newest checkpoint."""
+    newest = published(folder)[-1]
+    return Beginning("resume", newest, TrainState(**read_manifest(newest)["state"]))
 
 
 def weights(trainer):

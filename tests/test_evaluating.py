@@ -6,14 +6,12 @@ import signal
 
 import pytest
 import torch
-from little_run import Objective, little_trainer
+from little_run import Objective, resumed, trainers
 
-from tubelet import dist
 from tubelet.engine.checkpoint.folder import published, read_best
-from tubelet.engine.checkpoint.load import read_manifest
 from tubelet.engine.phases import Phases
-from tubelet.engine.trainer import Beginning, Stopped, TrainState
-from tubelet.errors import BEGUN, ConfigError, DataError
+from tubelet.engine.trainer import Stopped
+from tubelet.errors import ConfigError, DataError
 from tubelet.program.main import report
 
 BEST = {"checkpoint": {"best": {"metric": "val/loss", "mode": "min"}}}
@@ -38,15 +36,8 @@ class Pictures:
 
 @pytest.fixture
 def trainer(tmp_path, one_thread):
-    world = dist.World()
-    device = dist.start(world)
-    yield lambda name="r", **changes: little_trainer(tmp_path, world, device, name=name, **{"ema": None, **changes})
-    dist.stop()
-
-
-def resumed(folder):
-    newest = published(folder)[-1]
-    return Beginning("resume", newest, TrainState(**read_manifest(newest)["state"]))
+    with trainers(tmp_path, name="r", ema=None) as make:
+        yield make
 
 
 def test_asked_to_leave_at_the_last_step_the_next_start_evaluates_and_names_the_best(trainer, tmp_path):
@@ -145,7 +136,6 @@ def test_an_error_before_the_folder_is_claimed_is_printed_whatever_earlier_start
     (tmp_path / "attempts").mkdir()
     (tmp_path / "attempts" / "0001.yaml").write_text("")
     error = ConfigError("`lr` is 0.", "lr=1")
-    setattr(error, BEGUN, True)
-    for folder, said in ((tmp_path, True), (tmp_path, False), (None, True)):  # the second: another rank has said it
-        report(error, 0, folder)
+    for started, said in ((1, True), (1, False), (0, True)):  # the second: another rank has said it
+        report(error, 0, tmp_path, started)
         assert ("`lr` is 0." in capsys.readouterr().err) == said

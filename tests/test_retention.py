@@ -4,8 +4,7 @@ import json
 import os
 
 import pytest
-import torch
-from little_run import little_trainer
+from little_run import resumed, trainers
 from test_checkpoint_damage import cut, save_steps
 
 from tubelet.dist import World
@@ -13,8 +12,6 @@ from tubelet.engine import checkpoint
 from tubelet.engine.checkpoint import folder as folders
 from tubelet.engine.checkpoint import verifying
 from tubelet.engine.checkpoint.folder import prunable, read_best, set_rolled_back, write_best
-from tubelet.engine.checkpoint.format import read_manifest
-from tubelet.engine.state import Beginning, TrainState
 from tubelet.errors import CheckpointError, SupersededError
 
 
@@ -91,14 +88,12 @@ def test_a_leftover_stays_while_nothing_verifies(run):
 
 
 def test_a_run_that_went_on_past_a_killed_save_leaves_none_of_it(tmp_path, one_thread):
-    device = torch.device("cpu")
-    little_trainer(tmp_path, World(), device, total_steps=2).fit()
     folder = tmp_path / "r"
-    (folder / "step-00000099").mkdir()  # as the start before this one would have left it, under a longer schedule
-    (folder / "step-00000099" / "rank-00000.safetensors").write_bytes(b"half")
-    newest = checkpoint.published(folder)[-1]
-    state = TrainState(**read_manifest(newest)["state"])
-    little_trainer(folder.parent, World(), device, beginning=Beginning("resume", newest, state), total_steps=4).fit()
+    with trainers(tmp_path, name="r") as make:
+        make(total_steps=2).fit()
+        (folder / "step-00000099").mkdir()  # as the start before this one would have left it, under a longer schedule
+        (folder / "step-00000099" / "rank-00000.safetensors").write_bytes(b"half")
+        make(beginning=resumed(folder), total_steps=4).fit()
     assert left(folder) == [2, 4] and not (folder / "step-00000099").exists()
 
 

@@ -1,31 +1,22 @@
 """The loop's own promises: what a step counts, when it saves, what a skipped update leaves alone."""
 
-import itertools
 import os
 
 import pytest
 import torch
-from little_run import G, Numbers, Objective, little_trainer, weights
+from little_run import G, Numbers, Objective, resumed, trainers, weights
 from programs import rows
 
-from tubelet import dist
 from tubelet.engine.checkpoint.folder import published, read_best, write_best
-from tubelet.engine.checkpoint.load import assemble, read_manifest
-from tubelet.engine.trainer import Beginning, Stopped, TrainState
+from tubelet.engine.checkpoint.load import assemble
+from tubelet.engine.trainer import Stopped, TrainState
 from tubelet.errors import DataError
 
 
 @pytest.fixture
 def trainer(tmp_path, one_thread):
-    world = dist.World()
-    device = dist.start(world)
-    number = itertools.count()
-
-    def make(name=None, **changes):
-        return little_trainer(tmp_path, world, device, name=name or f"r{next(number)}", **changes)
-
-    yield make
-    dist.stop()
+    with trainers(tmp_path) as make:
+        yield make
 
 
 def test_a_skipped_update_consumes_its_batch_and_leaves_weights_moments_and_average_alone(trainer):
@@ -56,10 +47,9 @@ def test_a_run_in_two_halves_equals_one_run(trainer, tmp_path):
     first = trainer("halves", loader=Numbers(fail_at=3 * G))
     with pytest.raises(DataError, match="did not answer"):
         first.fit()
-    folder = published(tmp_path / "halves")[-1]
-    state = TrainState(**read_manifest(folder)["state"])
-    assert state == TrainState(step=3, seen=3 * G)  # saved at the boundary where the reader failed
-    second = trainer("halves", beginning=Beginning("resume", folder, state))
+    beginning = resumed(tmp_path / "halves")
+    assert beginning.state == TrainState(step=3, seen=3 * G)  # saved at the boundary where the reader failed
+    second = trainer("halves", beginning=beginning)
     second.fit()
     assert weights(second).equal(weights(whole)) and second.ema.tensors()[0].equal(whole.ema.tensors()[0])
     a, b = (rows(tmp_path / name / "metrics.jsonl") for name in ("whole", "halves"))
