@@ -36,7 +36,8 @@ POINTS = {(False, 0): (*COMMIT, "save.shard", "save.index"), (False, 1): ("save.
 OPERATIONS = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir")
 LIFE_SECONDS = 90
 PRELOADED = ("deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "accelerate", "torch.utils.tensorboard",
-             "tubelet.engine.plain", "tubelet.engine.zero.engine", "tubelet.program.train", "pretrain.settings")
+             "tubelet.engine.plain", "tubelet.engine.zero.engine", "tubelet.program.train", "pretrain.settings",
+             "little_run")
 """What a life would import, a second or more each: DeepSpeed's Muon takes the whole of inductor with it."""
 
 # ------------------------------------------------------------------------------------------------ from outside
@@ -78,50 +79,12 @@ def damage(run, step, dice):
 # ------------------------------------------------------------------------------------------------- inside a rank
 
 
-class Numbers:
-    """A loader in memory: sample x is a vector that depends on x alone."""
-
-    fingerprint, size = {}, 40
-
-    def __init__(self, world):
-        self.world = world
-
-    def batches(self, seen):
-        import torch
-
-        for first in itertools.count(seen, G):
-            share = G // self.world.size
-            for start in range(first + self.world.rank * share, first + (self.world.rank + 1) * share, M):
-                ids = torch.arange(start, start + M)
-                pixels = (ids[:, None] * torch.arange(1, 25) % 251).to(torch.uint8).view(M, 3, 2, 4)
-                yield {"ids": ids, "pixels": pixels, "labels": ids % 3}
-
-    def consume(self, batch):
-        pass
-
-    def audit(self, seen):
-        return {}
-
-    def summary(self):
-        return None
-
-    def close(self):
-        pass
-
-
-class Objective:
-    def __call__(self, model, batch):
-        import torch
-
-        return {"loss": torch.nn.functional.cross_entropy(model(batch["pixels"].float().flatten(1) / 255), batch["labels"])}
-
-
 def network():
     import torch
     from torch import nn
 
     torch.manual_seed(5)
-    return nn.Sequential(nn.Linear(24, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 3))
+    return nn.Sequential(nn.Linear(48, 16), nn.LayerNorm(16), nn.GELU(), nn.Linear(16, 8), nn.GELU(), nn.Linear(8, 3))
 
 
 def watch_files(run, act):
@@ -147,6 +110,8 @@ def watch_files(run, act):
 
 def live(rank, size, engine, stage, port, run_folder, plan, says, asynchronous):
     """The whole life of one rank: what a program does, with the data in memory. Dies where `plan` says."""
+    from little_run import Numbers, Objective
+
     from pretrain.settings import PretrainSettings
     from tubelet import dist, faults, runs
     from tubelet.engine.build import build_engine
@@ -194,7 +159,7 @@ def live(rank, size, engine, stage, port, run_folder, plan, says, asynchronous):
     if rank == 0:
         say(f"begins {beginning.state.step if beginning.state else -1}")
     built = build_engine(network(), settings, world=world, device=device, micro_batch_size=M)
-    trainer = Trainer(settings, run=run, world=world, engine=built, objective=Objective(), loader=Numbers(world),
+    trainer = Trainer(settings, run=run, world=world, engine=built, objective=Objective(), loader=Numbers(world, M),
                       micro_batch_size=M, total_steps=STEPS, beginning=beginning,
                       manifest={"config": settings.model_dump(mode="json"), "micro_batch_size": M})
     trainer.fit()
