@@ -89,6 +89,8 @@ def test_a_job_handed_to_a_scheduler_is_queued_until_it_starts_and_again_when_it
     assert standing(folder).state == "running"
     run.end("preempted", 85, step=3)
     assert (standing(folder).state, standing(folder).note) == ("waiting", "slurm-7 starts it again")
+    submit("slurm-7", time.time() + 1)  # a name that is given again, as Kubernetes has it
+    assert standing(folder).state == "queued"
     submit("slurm-8", time.time() + 1)
     assert (standing(folder).state, standing(folder).job) == ("queued", "slurm-8")
     submit("slurm-8", time.time() - 999)

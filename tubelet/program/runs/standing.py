@@ -193,7 +193,7 @@ def _standing(folder: Path, now: float) -> Standing:
     attempts = run.attempts()
     settings = reading.some_settings(folder / "config.yaml", SETTINGS)
     rows = reading.read_tail(folder / "metrics.jsonl", _has_two_log_lines).rows
-    found = Standing(folder.name, folder, "queued", attempts=len(attempts))
+    found, over = Standing(folder.name, folder, "queued", attempts=len(attempts)), 0.0
     _progress(found, rows, settings)
     _checkpoint(found, rows, settings)
     if attempts:
@@ -205,11 +205,12 @@ def _standing(folder: Path, now: float) -> Standing:
         found.without_progress = without_progress(run, attempts, found.checkpoint)
         ended = end_of(run, last, last=True, silent=max(now - found.last_sign, 0.0), patience=_patience(rows))
         found.state, found.note = ended.state, ended.note
+        over = ended.time or found.last_sign
         if ended.step is not None and ended.state == "finished":
             found.step = ended.step
     submitted = reading.read_json(folder / "launch" / "submitted.json")
     if submitted:
-        _queued(found, submitted, now)
+        _queued(found, submitted, over, now)
     if found.state in ("running", "running?") and found.step is not None and found.total_steps:
         speed = _step_seconds(rows)
         found.seconds_left = max(found.total_steps - found.step, 0) * speed if speed else None
@@ -280,11 +281,13 @@ def _step_seconds(rows: list[Row]) -> float | None:
     return statistics.median(found) if found else None
 
 
-def _queued(found: Standing, submitted: Row, now: float) -> None:
-    """A launcher has handed the run to a scheduler (again), and that job has not started or is to start again."""
+def _queued(found: Standing, submitted: Row, over: float, now: float) -> None:
+    """A launcher has handed the run to a scheduler (again), and that job has not started or is to start again. `over`: when
+    the newest start ended; a name that Kubernetes was given once more is a new job after that."""
     job, at = str(submitted.get("job", "")), reading.number(submitted, "time") or 0.0
-    if found.attempts and (at <= found.started or (job and job == found.job)):
-        if found.state == "waiting" and job and job == found.job:
+    same = bool(job) and job == found.job
+    if found.attempts and at <= (over if same else found.started):
+        if found.state == "waiting" and same:
             found.note = f"{job} starts it again"
         return
     if found.state in ("running", "running?"):
