@@ -305,6 +305,7 @@ def test_restarts_end_after_so_many_without_a_newer_checkpoint_and_a_newer_one_b
     a_run(run, steps=(10, 20))
     assert [restarted(), restarted(), restarted()] == [True, True, False]
     assert restarted(job="submitted again") is True
+    assert "(0 of 2 restarts" in decide(run, 85, settings, job="and again", attempt=1).said
     never = decide(run, 85, RestartSettings(max_without_progress=0), job="k", attempt=1)
     assert not never.restart and "max_without_progress is 0" in never.said
 
@@ -358,6 +359,7 @@ srun: Job step aborted: Waiting up to 12 seconds for job step to finish.
      + "srun: error: g1: task 0: Killed\nsrun: error: g2: tasks 2-3: Killed\n", "", ""),   # killed by srun, which waited
     (KILLED + "srun: error: g1: tasks 0-1: Exited with exit code 87\n" + WAITED.format(running="2-3")
      + "srun: error: Timed out waiting for job step to complete\n", "g2", "its tasks were not heard of any more"),
+    (KILLED + WAITED.format(running="0,2-3"), "", ""),                                      # both nodes: which one?
     (KILLED + "srun: error: g1: tasks 0-1: Exited with exit code 85\n", "", ""),
     (KILLED, "", ""),
 ])
@@ -374,6 +376,13 @@ def test_the_node_of_a_rank_with_an_error_of_its_own_is_named_as_slurm_names_it(
     (run / "logs" / "first-error-0001.json").write_text(json.dumps({**OOM, "code": 139}))
     assert answer(["--per-node=2", "--max-without-progress=3", "--exclude="], env) == "restart without g2"
     assert answer(["--per-node=2", "--max-without-progress=3"], env) == "restart"
+    (run / "logs" / "first-error-0001.json").write_text(json.dumps(LOST))  # of a rank that lost another one
+    assert answer(["--per-node=2", "--max-without-progress=3", "--exclude="], env) == "restart"
+    (tmp_path / "out").write_text(KILLED + "srun: error: g2: task 3: Killed\n")
+    env["TUBELET_OUTPUT"] = str(tmp_path / "out")
+    assert answer(["--per-node=2", "--max-without-progress=9", "--exclude="], env) == "restart without g2"
+    (run / "attempts" / "0001.end.json").write_text(json.dumps(SAVED))  # killed when all had saved: no fault of the node
+    assert answer(["--per-node=2", "--max-without-progress=9", "--exclude="], env) == "restart"
 
 
 def test_a_folder_in_which_nothing_can_be_remembered_is_not_restarted_for_ever(tmp_path):
