@@ -104,8 +104,8 @@ class Guard:
 
 
 def record_jump(run_folder: Path, jump: dict[str, Any]) -> None:
-    """Remember, before anything is trained on, that the run went back: {"step", "seen", "to", "rollbacks",
-    "trouble_step", "reason"}. A job that is killed before its next checkpoint would walk into the same data again."""
+    """Remember, before anything is trained on, that the run went back: {"step", "seen", "to", "rollbacks", "trouble_step",
+    "reason", "attempt"}. A job that is killed before its next checkpoint would walk into the same data again."""
     path = run_folder / JUMPS
     known = files.read_jsonl(path)
     files.write_atomic(path, "".join(json.dumps(row) + "\n" for row in [*known, jump]))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tubelet import dist
+from tubelet import dist, files
 from tubelet.engine.checkpoint.folder import (
     choose,
     prune,
@@ -24,6 +24,7 @@ from tubelet.engine.checkpoint.format import folder_name, read_manifest
 from tubelet.engine.checkpoint.place import place
 from tubelet.engine.checkpoint.save import Saver
 from tubelet.engine.checkpoint.verifying import is_published
+from tubelet.engine.guard import JUMPS
 from tubelet.engine.protocol import Engine
 from tubelet.engine.settings import EngineSettings
 from tubelet.engine.state import TrainState
@@ -34,6 +35,34 @@ from tubelet.runs import Run
 def target_of(settings: EngineSettings, run: Run) -> Path:
     """Where this run's checkpoints lie: `checkpoint.dir`, or the run's folder."""
     return place(settings.checkpoint.dir or run.folder, settings.checkpoint.storage)
+
+
+def finish_going_back(run: Run, target: Path) -> list[str]:
+    """What an attempt that was killed on its way back left undone: it had written down where it goes on, and not yet set
+    aside the checkpoints after that place, of which the newest would be resumed. All ranks call it before they choose one.
+
+    Returns a sentence for each that is set aside now. Such a checkpoint is of the attempt that went back, or an earlier one,
+    and its state does not know of the jump.
+    """
+    def stale(jump: dict[str, Any], path: Path) -> bool:
+        try:
+            manifest = read_manifest(path)
+        except CheckpointError:
+            return False  # `choose` says what is wrong with it
+        known, made = (manifest.get("state") or {}).get("jumps") or [], {key: jump[key] for key in ("step", "seen", "to")}
+        return manifest.get("attempt", 0) <= jump["attempt"] and made not in known
+
+    def act() -> list[str]:
+        last = files.read_jsonl(run.folder / JUMPS)[-1:] if run.attempt is not None else []
+        if not last or "attempt" not in last[0]:
+            return []
+        step = last[0]["step"]
+        if not any(stale(last[0], path) for path in published(target) if step_of(path) > step):
+            return []
+        aside = set_rolled_back(target, step, before_move=run.check_current)
+        return [f"checkpoint {path.name} was made before the run went back to step {step}: set aside." for path in aside]
+
+    return dist.broadcast(dist.together(act))
 
 
 class Keeper:

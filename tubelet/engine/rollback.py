@@ -65,7 +65,7 @@ def _checkpoint_before(trainer: Trainer, trouble: int, reason: str) -> tuple[Pat
 def _remember(trainer: Trainer, jump: dict[str, Any]) -> None:
     if trainer.world.speaks:
         trainer.run.check_current()  # the job that has taken over must not jump for our sake
-        record_jump(trainer.run.folder, jump)
+        record_jump(trainer.run.folder, {**jump, "attempt": trainer.run.number})
 
 
 def _begin_anew(trainer: Trainer, left_at: int) -> None:

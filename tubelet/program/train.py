@@ -22,7 +22,7 @@ from tubelet.engine.checkpoint.folder import choose, published
 from tubelet.engine.checkpoint.format import read_manifest
 from tubelet.engine.checkpoint.place import home
 from tubelet.engine.guard import apply_jumps
-from tubelet.engine.keeper import target_of
+from tubelet.engine.keeper import finish_going_back, target_of
 from tubelet.engine.optim import check_optimizer
 from tubelet.engine.phases import Phases
 from tubelet.engine.schedule import check_schedule
@@ -162,7 +162,9 @@ def decide_beginning(settings: ProgramSettings, run: Run, micro_batch_size: int)
     1 the run's own newest checkpoint that verifies; 2 `init.from_run`; 3 `init.weights`; 4 from scratch.
     """
     target = target_of(settings, run)
+    undone = finish_going_back(run, target)
     folder, notes = choose(target)
+    notes = [*undone, *notes]
     if folder is not None:
         manifest = read_manifest(folder)
         writer = manifest["config"]["run"]["name"]
