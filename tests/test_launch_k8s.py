@@ -25,7 +25,8 @@ CASES = {
     "everything": [
         "--image", "registry/tubelet:1", "--name", "Big_Run.1", "--nodes", "4", "--gpus-per-node", "4",
         "--cpus-per-task", "12", "--memory", "512G", "--time", "1-00:00:00", "--namespace", "vision",
-        "--service-account", "trainer", "--image-pull-policy", "Always", "--image-pull-secrets", "[registry]", "--gpu-resource", "amd.com/gpu",
+        "--service-account", "trainer", "--image-pull-policy", "Always",
+        "--image-pull-secrets", "[registry]", "--gpu-resource", "amd.com/gpu",
         "--node-selector", "{gpu: mi300}", "--tolerations", "[{key: gpu, operator: Exists, effect: NoSchedule}]",
         "--volumes", "[{name: data, persistentVolumeClaim: {claimName: data}}]",
         "--volume-mounts", "[{name: data, mountPath: /data, readOnly: true}]", "--env-from", "[{secretRef: {name: wandb}}]",
