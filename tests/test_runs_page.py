@@ -266,3 +266,4 @@ def test_one_rare_spike_presses_no_curve_flat(tmp_path):
     points = [(float(step), 1.0 + step / 1000) for step in range(1000)]
     points[500] = (500.0, 1e6)
     assert picture._range([points, [(0.0, 3.0)]]) == (pytest.approx(1.005), 3.0)
+    assert picture._range([points], every=True) == (1.0, 1e6)

@@ -18,6 +18,8 @@ AXES = {"step": "step", "samples": "samples seen", "time": "hours of training (w
 STYLES = ("-", "--", ":", "-.")
 FEW = 60
 """A curve of fewer points is drawn as it is."""
+EXACT = ("train/lr", "train/epoch", "samples_seen")
+"""Scalars that have no noise to smooth."""
 DECADES = 10.0
 """A loss that falls by more than this factor is drawn on a logarithmic axis."""
 
@@ -79,7 +81,7 @@ def draw(runs: Sequence[Drawn], metrics: Sequence[str], path: Path, *, axis: str
     figure = Figure(figsize=(5.4 * columns + 0.6, 3.1 * lines + 0.4 + 0.25 * math.ceil(len(runs) / beside)), dpi=110,
                     layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(lines, columns, squeeze=False).ravel()
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True).ravel()
     for panel, metric in zip(panels, metrics):
         _panel(panel, metric, [run.points(metric, axis) for run in runs], smooth)
     for panel in panels[len(metrics):]:
@@ -114,23 +116,25 @@ def _panel(panel: Any, metric: str, curves: Sequence[Points], smooth: bool) -> N
         return
     alike = len(curves) > 1 and all(points == curves[0] for points in curves)
     style(panel, f"{title} (the same in all)" if alike else title)
-    low, high = _range(curves)
+    low, high = _range(curves, every=metric in EXACT)
     for count, points in enumerate(curves[:1] if alike else curves):
         look = {"color": INK} if alike else _look(count)
-        if smooth and len(points) >= FEW:
+        if smooth and len(points) >= FEW and metric not in EXACT:
             _plot(panel, binned(points), linewidth=0.7, alpha=0.3, **look)  # type: ignore[arg-type]
             points = smoothed([(where, min(max(value, low), high)) for where, value in points])  # type: ignore[misc]
         mark = "o" if len(points) < FEW // 2 else None
         _plot(panel, binned(points), linewidth=1.7, marker=mark, markersize=3, **look)  # type: ignore[arg-type]
     _limits(panel, metric, low, high)
     panel.xaxis.set_major_formatter(lambda value, _: short(value))
+    panel.tick_params(labelbottom=True)  # of inner panels too, although all share the axis
 
 
-def _range(curves: Sequence[Points]) -> tuple[float, float]:
-    """What the panel must show: of long curves not the rarest values, since a spike would press all of them flat."""
+def _range(curves: Sequence[Points], every: bool = False) -> tuple[float, float]:
+    """What the panel must show: of long curves not the rarest values (unless `every`), since a spike would press all of
+    them flat."""
     found: list[float] = []
     for values in ([value for _, value in points] for points in curves if points):
-        found += values if len(values) < FEW else [percentile(values, 0.005), percentile(values, 0.995)]
+        found += values if every or len(values) < FEW else [percentile(values, 0.005), percentile(values, 0.995)]
     return min(found), max(found)
 
 
