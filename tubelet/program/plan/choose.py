@@ -145,10 +145,10 @@ def reasons(found: list[Option], chosen: Option | None, gpu: Gpu, margin: float,
                         f"{gib(room)} GiB.")
         else:
             said.append(f"{option.name} leaves room for a micro-batch of {option.micro} only.")
-    several = share // chosen.micro
-    said.append(f"{chosen.name} is the first that {'fits' if said else 'is tried, and it fits'} with a micro-batch of "
-                f"{chosen.micro} x {several} a rank: {gib(chosen.needed)} of {gib(room)} GiB ({gpu.memory_gib:g} GiB without "
-                f"{gib(OUTSIDE)} for CUDA and NCCL and a margin of {margin:.0%} for fragmentation).")
+    first = "is the first that fits" if said else "is tried first and fits"
+    said.append(f"{chosen.name} {first}, with a micro-batch of {chosen.micro} x {share // chosen.micro} a rank: "
+                f"{gib(chosen.needed)} of {gib(room)} GiB ({gpu.memory_gib:g} GiB without {gib(OUTSIDE)} for CUDA and NCCL "
+                f"and a margin of {margin:.0%} for fragmentation).")
     return said
 
 
@@ -159,24 +159,20 @@ def _missing(found: list[Option], gpu: Gpu, room: int) -> list[str]:
     best = min(offered, key=lambda option: option.needed)
     said = [f"Nothing fits: {best.name} with its smallest micro-batch comes closest and needs {gib(best.needed)} GiB, "
             f"{gib(best.needed - room)} GiB more than the {gib(room)} GiB that a {gpu.name} leaves."]
-    sharded = best.state.masters + best.state.moments + best.state.average + (best.state.weights if best.way.stage == 3 else 0)
+    sharded = best.state.masters + best.state.moments + best.state.average
+    sharded += best.state.weights if best.way.stage == 3 else 0
     helps = []
     if best.way.engine == "plain":
         helps.append("engine=zero, which shards the optimizer over the ranks")
     elif sharded > best.needed - room:
-        helps.append("more GPUs, which share "
-                     f"{gib(sharded)} GiB of this rank (--nodes {_nodes(best, room, sharded)} would do)")
+        helps.append(f"{-(-sharded // max(1, room - best.needed + sharded))} times as many GPUs, which share the "
+                     f"{gib(sharded)} GiB of this rank that are sharded")
     if best.at > 1 and best.sample_bytes * best.at > best.needed - room:
         helps.append("a smaller micro-batch, if the global batch size allows one")
     if best.settings.ema:
         helps.append("ema=null")
     helps.append("a GPU with more memory (--gpu h200 has 139.8 GiB)" if gpu.memory_gib < 130 else "a smaller model")
     return [*said, "What would help: " + "; ".join(helps) + "."]
-
-
-def _nodes(option: Option, room: int, sharded: int) -> str:
-    rest = option.needed - sharded
-    return f"times {-(-sharded // max(1, room - rest))}"
 
 
 def as_given(facts: Facts, settings: EngineSettings, where: Geometry, micro: int) -> Option:
@@ -193,6 +189,8 @@ def as_given(facts: Facts, settings: EngineSettings, where: Geometry, micro: int
 def gib(nbytes: float) -> str:
     """Bytes in GiB with a sensible number of digits."""
     value = nbytes / 2**30
+    if not nbytes:
+        return "0"
     return f"{value:.1f}" if value >= 10 else f"{value:.2f}" if value >= 0.1 else f"{value:.4f}"
 
 

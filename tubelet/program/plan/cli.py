@@ -78,7 +78,8 @@ def load_settings(command: Command, program: str = "auto") -> ProgramSettings:
         program = program_of(command.config)
     if program not in PROGRAMS:
         close = nearest(program, PROGRAMS)
-        raise ConfigError(f"--program {program} is neither pretrain nor finetune.", f"--program {(close or ['pretrain'])[0]}")
+        raise ConfigError(f"--program {program} is neither pretrain nor finetune.",
+                          f"--program {(close or ['pretrain'])[0]}")
     cls: Any = getattr(importlib.import_module(f"{program}.settings"), PROGRAMS[program])
     return load_command(cls, command).settings
 
@@ -109,4 +110,4 @@ def _calibrate(settings: ProgramSettings, path: Path, seconds: float, as_json: b
         show_calibration(found)
     path.write_text(json.dumps(found, indent=1) + "\n")
     if not as_json:
-        print(f"\n{path} written; `tubelet plan` in this folder, or with --calibration, takes its MFU where GPU and model agree")
+        print(f"\n{path} written: `tubelet plan` takes its MFU where GPU and model agree")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from data_pipelines.plan import DataPlan, Machine, plan_data
-from tubelet.errors import TubeletError
+from data_pipelines.settings import DataSettings
+from data_pipelines.shards import is_remote
+from tubelet.errors import DataError, TubeletError
 from tubelet.program.settings import ProgramSettings
 
 _PICTURE_MS, _PICTURE_BYTES, _MS_A_BYTE = 1.31, 31_000, 8.0e-6
@@ -40,7 +43,18 @@ def assumed_per_core(frames: int, sample_bytes: float) -> tuple[float, str]:
     milliseconds = _PICTURE_MS + max(0.0, sample_bytes - _PICTURE_BYTES) * _MS_A_BYTE
     what = f"{sample_bytes / 1000:.0f} KB" if sample_bytes else "31 KB"
     return 1e3 / milliseconds, (f"assumed: {milliseconds:.2f} ms of a core for a JPEG of {what} "
-                                "(benchmarks/results/images.json: 1.31 ms at 31 KB, one Xeon); `tubelet data bench` measures")
+                                "(benchmarks/results/images.json: 1.31 ms at 31 KB); `tubelet data bench` measures")
+
+
+def _here(data: DataSettings) -> None:
+    """Raises `DataError` when a source's folder is not there: a recipe for a cluster names hundreds of thousands of shards,
+    and looking for each would take a minute."""
+    for source in data.train:
+        for shards in [source.shards] if isinstance(source.shards, str) else source.shards:
+            for part in shards.split("::"):
+                folder = Path(part.partition("{")[0] or ".").parent
+                if not is_remote(part) and not part.startswith("made-up:") and not folder.is_dir():
+                    raise DataError(f"{folder}/ of source `{source.name}` is not here.")
 
 
 def feed_of(settings: ProgramSettings, *, nodes: int, gpus_per_node: int, samples_per_second: float, micro: int,
@@ -49,6 +63,7 @@ def feed_of(settings: ProgramSettings, *, nodes: int, gpus_per_node: int, sample
     each = samples_per_second / nodes
     plan, notes = None, []
     try:
+        _here(settings.data)
         plan = plan_data(settings.data, nodes=nodes, gpus_per_node=gpus_per_node,
                          global_batch_size=settings.global_batch_size, micro_batch_size=micro,
                          img_size=settings.model.img_size, num_classes=settings.model.num_classes,

@@ -67,8 +67,8 @@ def find_gpu(name: str, memory_gib: float | None = None) -> Gpu:
     return replace(GPUS[word], memory_gib=memory_gib) if memory_gib else GPUS[word]
 
 
-# Assumed MFU (model FLOPs / dense peak), by kind of model: (Hopper and later, others). Published: ViT-g/14 44.5 % on A100 and
-# 28.9 % on H100 (NeMo), ViT-L/16 about 45 % on A100 and 24.5 % on H100 (DINOv2, DINOv3), A100 timm eager about 50 %;
+# Assumed MFU (model FLOPs / dense peak), by kind of model: (Hopper and later, others). Published: ViT-g/14 44.5 % on A100
+# and 28.9 % on H100 (NeMo), ViT-L/16 about 45 % on A100 and 24.5 % on H100 (DINOv2, DINOv3), A100 timm eager about 50 %;
 # UniFormer's depth-wise convolutions move memory more than they compute. None of them was measured with this code.
 _ASSUMED = {"wide ViT": (0.38, 0.45), "ViT": (0.32, 0.42), "narrow ViT": (0.22, 0.33), "convolutional": (0.12, 0.18)}
 _ASSUMED_FP32 = 0.6

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import textwrap
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -23,19 +24,32 @@ def show(plan: Plan) -> None:
         "Memory of one rank in GiB, at the largest micro-batch that fits (-: none does, sizes at the smallest)",
         ["way", "batch", "weights", "optimizer", "average", "gradients", "activations", "other", "peak"],
         (_memory_row(option) for option in plan.options))
-    print("  optimizer: fp32 masters and moments; gradients: what stays of them and their buckets between steps; other: "
-          "\n  gradients, buckets, copies and gathered weights inside of a step, beside activations\n")
-    if plan.options and any(option.recompute and option.recompute.mode == "selective" for option in plan.options):
-        print("  selective recomputation: activations are an estimate\n")
-    print_table(f"The config as it stands: {plan.given.name}, micro-batch {plan.given.micro}", ["", ""], _given_rows(plan))
+    _say("optimizer: fp32 masters and moments; gradients: what stays of them and of their buckets between steps; other: "
+         "gradients, buckets, copies and gathered weights inside of a step, beside activations")
+    if any(option.recompute and option.recompute.mode == "selective" for option in plan.options):
+        print("activations of selective recomputation are an estimate")
+    print()
+    print_table(f"The config as it stands: {plan.given.name}, micro-batch {plan.given.micro}", ["", ""],
+                _wrapped(_given_rows(plan)))
     print()
     for sentence in plan.reasons:
-        print(f"- {sentence}")
+        _say(f"- {sentence}")
     if plan.chosen is not None:
         print(f"\nTake: {plan.overrides}\n")
-        print_table(f"With {plan.chosen.name}, micro-batch {plan.chosen.micro}", ["", ""], _run_rows(plan))
+        print_table(f"With {plan.chosen.name}, micro-batch {plan.chosen.micro}", ["", ""], _wrapped(_run_rows(plan)))
     for note in plan.notes:
-        print(f"note: {note}")
+        _say(f"note: {note}")
+
+
+def _say(sentence: str) -> None:
+    print(textwrap.fill(sentence, 100, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False))
+
+
+def _wrapped(rows: Iterable[list[str]]) -> Iterator[list[str]]:
+    """Rows of (what, text) with the text in lines of at most 78 characters."""
+    for what, text in rows:
+        lines = textwrap.wrap(text, 78, break_long_words=False, break_on_hyphens=False)
+        yield from ([what if number == 0 else "", line] for number, line in enumerate(lines))
 
 
 def _memory_row(option: Option) -> list[str]:
@@ -62,9 +76,9 @@ def _run_rows(plan: Plan) -> Iterable[list[str]]:
     n = settings.global_batch_size // (chosen.micro * plan.where.world)
     yield ["batch", f"{settings.global_batch_size} = {chosen.micro} x {n} x {plan.where.world} ranks"]
     yield ["speed", f"{speed.samples_per_second:,.0f} {unit}/s ({speed.samples_per_second / plan.where.world:,.1f} a GPU), "
-                    f"{speed.step:.3f} s a step"]
+                    f"{seconds(speed.step)} a step"]
     yield ["MFU", f"{speed.mfu.value:.1%}: {speed.mfu.source}"]
-    yield ["FLOPs of a step", f"{plan.facts.flops * settings.global_batch_size / 1e15:,.2f} PFLOPs"]
+    yield ["FLOPs of a step", f"{plan.facts.flops * settings.global_batch_size / 1e12:,.1f} TFLOPs"]
     if plan.total_steps:
         yield ["duration", f"{plan.total_steps:,} steps: {duration(plan.total_steps * speed.step)}, "
                            f"{plan.total_steps * speed.step * plan.where.world / 3600:,.0f} GPU hours"]
@@ -81,15 +95,21 @@ def _run_rows(plan: Plan) -> Iterable[list[str]]:
     yield ["", feed.per_core_source]
     if feed.plan is not None:
         shards = sum(source.shards for source in feed.plan.sources)
-        yield ["shards, lanes", f"{shards:,} shards, {feed.plan.lanes:,} lanes, {feed.plan.steps_per_epoch:,.1f} steps an epoch"]
+        yield ["shards, lanes", f"{shards:,} shards, {feed.plan.lanes:,} lanes, "
+                                f"{feed.plan.steps_per_epoch:,.1f} steps an epoch"]
 
 
-def duration(seconds: float) -> str:
+def seconds(value: float) -> str:
+    """0.0304 -> 30.4 ms."""
+    return f"{value:.2f} s" if value >= 1 else f"{1000 * value:.2f} ms"
+
+
+def duration(value: float) -> str:
     """Seconds in words: 3.2 days, 4.5 hours, 12 minutes, 20 seconds."""
     for size, name in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
-        if seconds >= size:
-            return f"{seconds / size:.1f} {name}"
-    return f"{seconds:.1f} seconds"
+        if value >= size:
+            return f"{value / size:.1f} {name}"
+    return f"{value:.1f} seconds"
 
 
 def as_json(plan: Plan) -> dict[str, Any]:
@@ -113,7 +133,8 @@ def _option(option: Option) -> dict[str, Any]:
     if option.why_not:
         return {"name": option.name, "why_not": option.why_not}
     return {"name": option.name, "engine": option.way.engine, "stage": option.way.stage, "precision": option.way.precision,
-            "recompute": option.recompute.model_dump() if option.recompute else None, "micro_batch_size": option.micro or None,
+            "recompute": option.recompute.model_dump() if option.recompute else None,
+            "micro_batch_size": option.micro or None,
             "state_bytes": {**asdict(option.state), "total": option.state.total}, "inside_bytes": asdict(option.inside),
             "activation_bytes_per_sample": option.sample_bytes, "peak_bytes": option.needed,
             "micro_batches": option.way.accumulation}
