@@ -19,13 +19,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from tubelet import dist, files
+from tubelet import dist, files, first_error
 from tubelet.engine.hangs import describe, hint, missing
 from tubelet.engine.heartbeat import Heard, Heartbeat
 from tubelet.engine.phases import LONG, Phases
 from tubelet.engine.settings import WatchSettings
 from tubelet.engine.signals import tell_launcher
-from tubelet.errors import EXIT_LOST
+from tubelet.errors import EXIT_LOST, LateError
 
 STORAGE_SECONDS = 10.0
 """How long storage may take to keep what the watchdog writes: storage that hangs is a usual reason for a hang."""
@@ -248,12 +248,14 @@ class Watchdog:
             os._exit(EXIT_LOST)  # the main thread cannot be made to leave
 
     def _say_goodbye(self) -> None:
-        tell_launcher(EXIT_LOST)
-        self.dump("leaving")
         if self._spoke:
             print(f"stall: nothing moved for another {self.settings.exit_seconds:g} s (watch.exit_seconds): leaving with "
                   f"exit code {EXIT_LOST}; the newest published checkpoint is intact", file=sys.stderr, flush=True)
+        tell_launcher(EXIT_LOST)
+        self.dump("leaving")
+        if self._spoke:
             self._tell("stall_exit", step=self.phases.step, code=EXIT_LOST)
+            time.sleep(first_error.seconds_before(LateError(self._said), self.world.rank))  # of a network cut in two
             self._write("the first error", lambda: self.lost(
                 f"{self._said} Nothing moved for another {self.settings.exit_seconds:g} s (watch.exit_seconds)."))
         if self.world.speaks:
