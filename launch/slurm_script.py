@@ -49,9 +49,12 @@ def options(request: Request) -> list[str]:
     settings, slurm = request.settings, request.settings.slurm
     trains = request.program in TRAINING
     tasks = len(request.runs) or slurm.array
+    # SLURM takes `--nodes=1-2 --ntasks-per-node=1` for a job of one task, and gives it one node.
+    lone = settings.tasks_per_node == 1 and "-" in settings.nodes
     found = {"job-name": request.name, "partition": slurm.partition, "account": slurm.account, "qos": slurm.qos,
              "reservation": slurm.reservation, "constraint": slurm.constraint, "nodelist": slurm.nodelist,
-             "exclude": slurm.exclude, "nodes": settings.nodes, "ntasks-per-node": settings.tasks_per_node,
+             "exclude": slurm.exclude, "nodes": settings.nodes,
+             "ntasks-per-node": None if lone else settings.tasks_per_node, "mincpus": 1 if lone else None,
              "cpus-per-task": settings.cpus_per_task, "mem": settings.memory, "time": settings.time,
              "array": f"0-{tasks - 1}" + (f"%{slurm.parallel}" if slurm.parallel else "") if tasks else None,
              "signal": f"USR1@{notice(request)}" if notice(request) else None,
@@ -108,7 +111,7 @@ def _place(request: Request) -> Iterable[str]:
         yield "# A port that somebody else holds at one start is another one at the next."
         yield "export MASTER_PORT=$((20000 + (SLURM_JOB_ID + 61 * ${SLURM_RESTART_COUNT:-0}) % 12000))"
         yield "# When this job ends, for containers: SLURM's commands are missing there."
-        yield 'TUBELET_END_TIME=$(squeue -h -j "$SLURM_JOB_ID" -o %e)'
+        yield 'TUBELET_END_TIME=$(SLURM_TIME_FORMAT=standard squeue -h -j "$SLURM_JOB_ID" -o %e)'
         yield "export TUBELET_END_TIME"
     yield f'echo "{START} ${{SLURM_RESTART_COUNT:-0}} of job $job on $SLURM_JOB_NODELIST, $(date "+%F %T")"'
 

@@ -40,6 +40,7 @@ CASES = {
         "--restart.max-without-progress", "5", "--restart.on-failure", "false", *PRETRAIN, "optimizer.lr=1e-3",
         "data.train=/data/$x.tar"],
     "range": ["--nodes", "1-2", "--restart.exclude-failed-node", "--exclude", "g3", *PRETRAIN],
+    "range-of-one": ["--nodes", "1-2", "--gpus-per-node", "1", "--cpus-per-task", "8", *PRETRAIN],
     "container": ["--container", "apptainer exec --nv /images/tubelet.sif bash -c 'cd /src && {command}'", *PRETRAIN,
                   "data.train='/data/a b.tar'"],
     "sweep": ["--gpus-per-node", "1", "--time", "20", "--parallel", "2", "--sweep", "optimizer.lr=1e-3,3e-3", "--sweep",

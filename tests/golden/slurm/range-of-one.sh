@@ -1,0 +1,71 @@
+#!/bin/bash
+# pretrain vit_b16_i21k: written by `python -m launch slurm`. To submit it by hand: sbatch THIS
+#SBATCH --job-name=vit_b16_i21k
+#SBATCH --nodes=1-2
+#SBATCH --mincpus=1
+#SBATCH --cpus-per-task=8
+#SBATCH --signal=USR1@300
+#SBATCH --chdir=/shared/tubelet
+#SBATCH --output=/shared/tubelet/runs/vit_b16_i21k/launch/slurm-%j.out
+#SBATCH --open-mode=append
+#SBATCH --gpus-per-node=1
+#SBATCH --requeue
+
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE TUBELET_JOB TUBELET_RESTARTS TUBELET_END_TIME
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-8}" PYTHONUNBUFFERED=1
+export TORCH_NCCL_DUMP_ON_TIMEOUT="${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}"
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
+export MASTER_ADDR=${hosts%%$'\n'*}
+# A port that somebody else holds at one start is another one at the next.
+export MASTER_PORT=$((20000 + (SLURM_JOB_ID + 61 * ${SLURM_RESTART_COUNT:-0}) % 12000))
+# When this job ends, for containers: SLURM's commands are missing there.
+TUBELET_END_TIME=$(SLURM_TIME_FORMAT=standard squeue -h -j "$SLURM_JOB_ID" -o %e)
+export TUBELET_END_TIME
+echo "launch: start ${SLURM_RESTART_COUNT:-0} of job $job on $SLURM_JOB_NODELIST, $(date "+%F %T")"
+
+export TUBELET_RUN=/shared/tubelet/runs/vit_b16_i21k
+command=(/opt/tubelet/bin/python -m pretrain configs/pretrain/vit_b16_i21k.yaml)
+
+# Signals are for the ranks, which save and leave; this shell waits for them.
+trap '' USR1 USR2
+trap 'ended=1' TERM
+srun \
+    --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
+    --distribution=block --kill-on-bad-exit=0 --wait=60 \
+    --cpus-per-task=8 \
+    --gpu-bind=none \
+    "${command[@]}"
+code=$?
+if [ -n "${ended:-}" ] && ! scontrol show job -o "$SLURM_JOB_ID" | grep -q 'Reason=TimeLimit'; then
+    exit "$code" # cancelled, or taken away by SLURM, which starts it again itself
+fi
+export TUBELET_CODE=$code TUBELET_JOB=slurm-$job TUBELET_HOSTS=$hosts
+TUBELET_OUTPUT=$(readlink "/proc/$$/fd/1")
+export TUBELET_OUTPUT
+answer=$(/opt/tubelet/bin/python -m launch.slurm_restart --per-node=1 --max-without-progress=3 | tail -n 1)
+case "$answer" in
+restart*) ;;
+stop*) exit "${answer#stop }" ;;
+*)
+    echo "launch: it could not be decided whether to start again; exit code $code does" >&2
+    [ "$code" -eq 85 ] || exit "$code"
+    ;;
+esac
+trap '' TERM # SLURM ends this shell when the job is requeued, and something may be left to do
+for pause in 0 5 15 30 60; do
+    sleep "$pause"
+    if scontrol requeue "$job"; then
+        requeued=1
+        break
+    fi
+done
+if [ -z "${requeued:-}" ]; then
+    echo "error: the job could not be requeued. Try: scontrol requeue $job" >&2
+    exit "$code"
+fi
+exit "$code"
+# submitted with: sbatch --parsable /shared/tubelet/runs/vit_b16_i21k/launch/vit_b16_i21k.sbatch
