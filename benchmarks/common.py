@@ -74,6 +74,13 @@ def ratio(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
+def resumed_result(name: str, at: str, key: str) -> list[Any]:
+    """What an earlier call on the same commit has measured already: the list `key` of benchmarks/results/NAME.json."""
+    path = HERE / "results" / f"{name}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    return found.get(key, []) if found.get("commit") == at else []
+
+
 def write_result(name: str, record: dict[str, Any]) -> Path:
     """Keep a record as benchmarks/results/NAME.json."""
     path = HERE / "results" / f"{name}.json"

@@ -1,15 +1,17 @@
 """What our trainer adds to a step: CPU time of a step beside the least that trains with DeepSpeed, in one run.
 
-    python benchmarks/engine.py [--quick] [--ranks 2] [--stage 1]
+    python benchmarks/engine.py [--ranks 1 2] [--stage 1 3] [--pairs 9] [--out NAME]
 
-Both train the same model on the same ranks in the same processes, in blocks of 20 steps, ABBA. Our blocks read, agree, train
-and count as `Trainer.fit` does, and log once a block. CPU milliseconds are summed over ranks.
+Both train the same model on the same ranks in the same processes, with the same DeepSpeed configuration, in blocks of 20
+steps, ABBA. Our blocks read, agree, train and count as `Trainer.fit` does, and log once a block. CPU milliseconds are
+summed over ranks. A configuration takes one to three minutes on two cores; benchmarks/results/engine.json is written after
+each, and keeps those of earlier calls of the same commit.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import itertools
 import os
 import statistics
 import sys
@@ -24,7 +26,7 @@ sys.path[:0] = [str(HERE.parent / "tests")]
 
 import torch  # noqa: E402
 from bare_loop import BareLoop  # noqa: E402
-from common import machine  # noqa: E402
+from common import machine, resumed_result, write_result  # noqa: E402
 from ranks import run_ranks  # noqa: E402
 
 LIMIT, BLOCK = 1.03, 20
@@ -119,31 +121,41 @@ def measure(world: Any, device: torch.device, folder: str, stage: int, pairs: in
     return rows
 
 
+def run(ranks: int, stage: int, pairs: int) -> dict[str, Any]:
+    """One configuration: what is printed, and the CPU seconds of every block."""
+    before = list(os.getloadavg())
+    with tempfile.TemporaryDirectory() as folder:
+        found = run_ranks(measure, ranks, folder, stage, pairs, timeout=3000)
+    blocks = [{key: sum(own[pair][key] for own in found) for key in found[0][pair]} for pair in range(pairs)]
+    ratios = [row["ours"] / row["bare"] for row in blocks]
+    ms = {name: 1000 * statistics.median(row[name] for row in blocks) / BLOCK for name in ("ours", "bare")}
+    return {"ranks": ranks, "stage": stage, "ratio": statistics.median(ratios), "low": min(ratios), "high": max(ratios),
+            "ms_of_a_step": ms, "pairs": pairs, "loadavg_before": before, "blocks": blocks}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 pairs instead of 11")
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--stage", type=int, nargs="*", default=[1, 3])
+    parser.add_argument("--pairs", type=int, default=9)
+    parser.add_argument("--out", default="engine", help="name of the result")
     arguments = parser.parse_args()
-    pairs, results, before = 3 if arguments.quick else 11, [], list(os.getloadavg())
-    for ranks in arguments.ranks:
-        for stage in arguments.stage:
-            with tempfile.TemporaryDirectory() as folder:
-                found = run_ranks(measure, ranks, folder, stage, pairs, timeout=3000)
-            blocks = [{key: sum(own[pair][key] for own in found) for key in found[0][pair]} for pair in range(pairs)]
-            ratios = [row["ours"] / row["bare"] for row in blocks]
-            row = {"ranks": ranks, "stage": stage, "ratio": statistics.median(ratios), "low": min(ratios),
-                   "high": max(ratios), "blocks": blocks,
-                   "ms_of_a_step": 1000 * statistics.median(r["ours"] for r in blocks) / BLOCK}
-            results.append(row)
-            print(f"ZeRO-{stage} on {ranks} rank(s): {row['ms_of_a_step']:.1f} CPU ms a step, {row['ratio']:.4f} "
-                  f"({row['low']:.3f}-{row['high']:.3f}) of the bare loop  "
-                  f"(at most {LIMIT}: {'kept' if row['ratio'] <= LIMIT else 'MISSED'})", flush=True)
-    record = {"benchmark": "engine", "quick": arguments.quick, **machine(["torch", "deepspeed", "timm"]), "model": MODEL,
-              "steps_a_block": BLOCK, "pairs": pairs, "loadavg_before": before, "results": results,
-              "metric": "CPU seconds of all ranks for a block of steps"}
-    (HERE / "results").mkdir(exist_ok=True)
-    (HERE / "results" / "engine.json").write_text(json.dumps(record, indent=1) + "\n")
+    record = {"benchmark": "engine", **machine(["torch", "deepspeed", "timm"]), "model": MODEL, "steps_a_block": BLOCK,
+              "limit": LIMIT, "metric": "CPU seconds of all ranks for a block of steps"}
+    record["results"] = resumed_result(arguments.out, record["commit"], "results")
+    missed = []
+    for ranks, stage in itertools.product(arguments.ranks, arguments.stage):
+        row = run(ranks, stage, arguments.pairs)
+        others = [one for one in record["results"] if (one["ranks"], one["stage"]) != (ranks, stage)]
+        record["results"] = sorted([*others, row], key=lambda one: (one["ranks"], one["stage"]))
+        write_result(arguments.out, record)
+        kept = row["ratio"] <= LIMIT
+        missed += [] if kept else [f"ZeRO-{stage} on {ranks}"]
+        ms = row["ms_of_a_step"]
+        print(f"ZeRO-{stage} on {ranks} rank(s): {ms['ours']:.1f} CPU ms a step, bare {ms['bare']:.1f}; ratio "
+              f"{row['ratio']:.4f} ({row['low']:.3f}-{row['high']:.3f}; at most {LIMIT}: {'kept' if kept else 'MISSED'})",
+              flush=True)
+    sys.exit(1 if missed else 0)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 """What layer-wise learning-rate decay costs: CPU time of a training step with it against the same step without.
 
-    python benchmarks/layer_decay.py [--quick] [--only WORD] [--out NAME]
+    python benchmarks/layer_decay.py [--quick] [--only WORD] [--pairs N] [--out NAME]
 
 ViT-S/16 (12 blocks, 22 million weights, no drop path) on small pictures, ZeRO 1 and 3 and the plain engine, 1 and 2 ranks.
 Both engines, layer_decay 0.75 and 1, live in the same processes and train in turn, blocks of 2 steps in the order A B B A,
 9 pairs of blocks (3 with --quick). Counted is the CPU time of all ranks together; the small pictures make the optimizer's
 share of a step large (in a real batch it is a few percent). Reported is the median over pairs of time(with) / time(without);
 1.03 is the limit. The losses of the first step must be equal, and those after it must not.
-Raw numbers go to benchmarks/results/layer_decay.json (layer_decay-quick.json).
+Raw numbers go to benchmarks/results/layer_decay.json (layer_decay-quick.json), which is written after each case and keeps
+those that earlier calls have measured on the same commit.
 """
 
 import argparse
@@ -23,7 +24,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
 import torch
-from common import machine, write_result
+from common import machine, resumed_result, write_result
 
 from tubelet import dist
 from tubelet.engine.build import build_engine
@@ -105,16 +106,18 @@ def main() -> None:
     parser.add_argument("--pairs", type=int)
     parser.add_argument("--out", help="name of the result")
     args = parser.parse_args()
-    record = {**machine(("torch", "deepspeed", "timm")), "limit": LIMIT, "started": time.time(), "cases": []}
+    out, late = args.out or f"layer_decay{'-quick' if args.quick else ''}", []
+    record = {**machine(("torch", "deepspeed", "timm")), "limit": LIMIT, "started": time.time()}
+    record["cases"] = resumed_result(out, record["commit"], "cases")
     for name, ranks in CASES:
         if args.only in f"{name}/{ranks}":
             case = measure(name, ranks, args.pairs or (3 if args.quick else 9))
-            record["cases"].append(case)
+            others = [one for one in record["cases"] if (one["engine"], one["ranks"]) != (name, ranks)]
+            record["cases"] = [*others, case]
+            write_result(out, record)
+            late += [f"{name}/{ranks}"] if case["median"] > LIMIT else []
             print(f"{name:6} {ranks} rank(s): {case['ms_with']:7.1f} ms with, {case['ms_without']:7.1f} without: "
                   f"{case['median']:.3f} ({case['min']:.3f} to {case['max']:.3f})", flush=True)
-    path = write_result(args.out or f"layer_decay{'-quick' if args.quick else ''}", record)
-    print(f"wrote {path}")
-    late = [f"{case['engine']}/{case['ranks']}" for case in record["cases"] if case["median"] > LIMIT]
     if late:
         print(json.dumps({"above the limit": late}))
         sys.exit(1)

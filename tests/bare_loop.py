@@ -1,21 +1,25 @@
 """The least that trains with DeepSpeed: what `Trainer` is held against in cost, by a test and by a benchmark."""
 
 
+from tubelet.engine.blocks import blocks_of
 from tubelet.engine.optim import build_optimizer, parameter_groups
 from tubelet.engine.zero.deepspeed_config import derive
-from tubelet.engine.zero.engine import _initialize
+from tubelet.engine.zero.engine import _gather_by_block, _initialize, _numel
 
 
 class BareLoop:
-    """`deepspeed.initialize` with the same configuration and optimizer, and nothing else of ours."""
+    """`deepspeed.initialize` with the same configuration, leaf modules and optimizer, and nothing else of ours."""
 
     def __init__(self, module, settings, objective, world, device, micro_batch_size):
         self.objective, self.device, self.seed = objective, device, settings.seed
         accumulation = settings.global_batch_size // (micro_batch_size * world.size)
         groups = parameter_groups(module, settings.optimizer)
         config = derive(settings, "fp32", world_size=world.size, micro_batch_size=micro_batch_size,
-                        accumulation=accumulation, numel=sum(param.numel() for param in module.parameters()))
+                        accumulation=accumulation, numel=sum(param.numel() for param in module.parameters()),
+                        largest_block=max((_numel(block) for _, block in blocks_of(module)), default=0))
         self.accumulation = accumulation
+        if settings.zero.stage == 3:
+            _gather_by_block(module)
         self.engine = _initialize(module, build_optimizer(groups, settings.optimizer, device), config)
 
     def steps(self, stream, count):
