@@ -51,7 +51,7 @@ MpiDefault=none
 SlurmdParameters=config_overrides
 ReturnToService=2
 JobRequeue=1
-KillWait=25
+KillWait=15
 MinJobAge=600
 SlurmdTimeout=300
 SchedulerType=sched/backfill
@@ -76,7 +76,7 @@ class Cluster:
 
     def __init__(self) -> None:
         self.folder = _FOLDERS / f"{_NAME}{os.getpid()}"
-        self.env = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf"), "SLURM_TIME_FORMAT": "%s"}
+        self.env = {**os.environ, "SLURM_CONF": str(self.folder / "slurm.conf")}
 
     def __enter__(self) -> Cluster:
         install()

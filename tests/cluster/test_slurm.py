@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -131,13 +132,20 @@ def test_a_job_that_is_signalled_saves_is_requeued_and_ends_with_the_samples_of_
 
 
 def test_a_job_whose_time_is_over_is_requeued(cluster, tmp_path, undisturbed):
-    job = Submitted(cluster, tmp_path, *TRAIN, "--signal-seconds", "0")
+    job = Submitted(cluster, tmp_path, *TRAIN, "--signal-seconds", "0")  # no notice: TERM, and KILL soon after it
     job.trained(15)
-    cluster.run("scontrol", "update", f"JobId={job.job}", f"EndTime={int(time.time()) + 1}")
+    for node in ("n1", "n2"):
+        for pid in cluster.pids(job.job, node)[1]:
+            os.kill(pid, signal.SIGSTOP)  # SLURM looks at the clock every 30 s, in which the run would end
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 1))  # the job does not know: it was said later
+    cluster.run("scontrol", "update", f"JobId={job.job}", f"EndTime={end}")
     job.wait(lambda: "DUE TO TIME LIMIT" in job.output, "the time limit")
+    cluster.wait_for(job.job, "PENDING")
+    cluster.run("scontrol", "update", f"JobId={job.job}", "TimeLimit=10")
     cluster.start_now(job.job)
     job.ends()
     assert digests(job.folder) == undisturbed and job.starts() == 2
+    assert job.decisions()[0]["code"] == 85
 
 
 def test_slurm_itself_requeues_a_job(cluster, tmp_path, undisturbed):
@@ -167,7 +175,7 @@ def test_a_killed_rank_is_named_its_node_left_out_and_the_job_goes_on_with_fewer
 
 
 def test_a_node_that_dies_with_all_it_knows_is_noticed_and_the_job_goes_on(cluster, tmp_path, undisturbed):
-    job = Submitted(cluster, tmp_path, *TRAIN, "--slurm.srun", "[--wait=5]")
+    job = Submitted(cluster, tmp_path, *TRAIN, "--slurm.srun=[--wait=5]")
     job.trained(25)
     cluster.kill_step(job.job, "n2")
     cluster.start_now(job.job)
