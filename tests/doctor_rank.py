@@ -36,6 +36,11 @@ def small_limits(doctor):
     doctor.machine.look = lambda: {**look(), "shm": 64 * 2**20, "open_files": 100.0}
 
 
+def chatty(doctor):
+    look = doctor.look_around
+    doctor.look_around = lambda world: (os.write(1, b"as C++ libraries do\n"), look(world))[1]
+
+
 def dies(doctor):
     doctor.network.latency = lambda: os._exit(9)
 

@@ -121,7 +121,7 @@ def test_each_thing_that_is_wrong_with_a_host_is_found_and_the_host_named(tmp_pa
 def test_a_rank_that_does_not_come_is_named_and_what_the_others_found_is_said():
     begun = time.monotonic()
     ended = end(start_ranks(3, "--timeout", "10", "--json", "-", hosts="alpha,beta,gamma", leave_out=[2],
-                            faults={1: "other_version"}))
+                            faults={0: "chatty", 1: "other_version"}))
     code, out, _ = ended[0]
     report = json.loads(out)
     assert code == ended[1][0] == report["exit_code"] == 1 and report["world"]["missing"] == {"gamma": [2]}
