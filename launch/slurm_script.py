@@ -111,7 +111,7 @@ def _place(request: Request) -> Iterable[str]:
         yield "# A port that somebody else holds at one start is another one at the next."
         yield "export MASTER_PORT=$((20000 + (SLURM_JOB_ID + 61 * ${SLURM_RESTART_COUNT:-0}) % 12000))"
         yield "# When this job ends, for containers: SLURM's commands are missing there."
-        yield 'TUBELET_END_TIME=$(SLURM_TIME_FORMAT=standard squeue -h -j "$SLURM_JOB_ID" -o %e)'
+        yield 'TUBELET_END_TIME=$(SLURM_TIME_FORMAT=standard squeue -h -j "$job" -o %e)'
         yield "export TUBELET_END_TIME"
     yield f'echo "{START} ${{SLURM_RESTART_COUNT:-0}} of job $job on $SLURM_JOB_NODELIST, $(date "+%F %T")"'
 
@@ -166,7 +166,7 @@ def _restart(request: Request) -> list[str]:
         ask.append(f"--exclude={request.settings.slurm.exclude or ''}")
     words = shlex.join(with_setup(request.settings.setup, request.wrapped(ask)))
     lines = f"""
-if [ -n "${{ended:-}}" ] && ! scontrol show job -o "$SLURM_JOB_ID" | grep -q 'Reason=TimeLimit'; then
+if [ -n "${{ended:-}}" ] && ! scontrol show job -o "$job" | grep -q 'Reason=TimeLimit'; then
     exit "$code" # cancelled, or taken away by SLURM, which starts it again itself
 fi
 export TUBELET_CODE=$code TUBELET_JOB=slurm-$job TUBELET_HOSTS=$hosts

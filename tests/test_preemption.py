@@ -94,6 +94,13 @@ def test_slurm_is_asked_once_by_one_rank_when_its_variable_is_missing(tmp_path):
     assert quiet.end is None and not quiet.due(1, 1) and not quiet.due(1, 1) and len(asked(tmp_path)) == 1
 
 
+def test_a_task_of_an_array_asks_for_itself_alone(tmp_path):
+    stub(tmp_path, "scontrol", f"EndTime={datetime.fromtimestamp(NOON + 900):%Y-%m-%dT%H:%M:%S}")
+    env = {"SLURM_JOB_ID": "7", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "2",
+           "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    assert Deadline(settings(), env, now=Clock()).end == NOON + 900 and asked(tmp_path) == ["scontrol show job -o 7_2"]
+
+
 @pytest.mark.parametrize("said, code", [("EndTime=Unknown", 0), ("slurm_load_jobs error: Invalid job id", 1), ("", 0)])
 def test_what_one_command_of_slurm_does_not_know_the_next_may_and_then_the_variable(tmp_path, said, code):
     stub(tmp_path, "scontrol", said, code)

@@ -95,6 +95,8 @@ def _end(minutes: float | None, env: Mapping[str, str], speaks: bool, now: float
 
 def _ask_slurm(job: str, env: Mapping[str, str]) -> tuple[float, str] | None:
     """One question to the controller. It is busy on large clusters, so one rank asks, once."""
+    if env.get("SLURM_ARRAY_JOB_ID"):  # one task has the number of the whole array, which would be answered for all of them
+        job = f"{env['SLURM_ARRAY_JOB_ID']}_{env.get('SLURM_ARRAY_TASK_ID', '')}"
     for command in (["scontrol", "show", "job", "-o", job], ["squeue", "-h", "-j", job, "-o", "%e"]):
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=ASK_SECONDS, env=dict(env))

@@ -25,7 +25,7 @@ export MASTER_ADDR=${hosts%%$'\n'*}
 # A port that somebody else holds at one start is another one at the next.
 export MASTER_PORT=$((20000 + (SLURM_JOB_ID + 61 * ${SLURM_RESTART_COUNT:-0}) % 12000))
 # When this job ends, for containers: SLURM's commands are missing there.
-TUBELET_END_TIME=$(SLURM_TIME_FORMAT=standard squeue -h -j "$SLURM_JOB_ID" -o %e)
+TUBELET_END_TIME=$(SLURM_TIME_FORMAT=standard squeue -h -j "$job" -o %e)
 export TUBELET_END_TIME
 echo "launch: start ${SLURM_RESTART_COUNT:-0} of job $job on $SLURM_JOB_NODELIST, $(date "+%F %T")"
 
@@ -61,7 +61,7 @@ srun \
     --gpu-bind=none \
     "${command[@]}"
 code=$?
-if [ -n "${ended:-}" ] && ! scontrol show job -o "$SLURM_JOB_ID" | grep -q 'Reason=TimeLimit'; then
+if [ -n "${ended:-}" ] && ! scontrol show job -o "$job" | grep -q 'Reason=TimeLimit'; then
     exit "$code" # cancelled, or taken away by SLURM, which starts it again itself
 fi
 export TUBELET_CODE=$code TUBELET_JOB=slurm-$job TUBELET_HOSTS=$hosts
