@@ -3,7 +3,7 @@
 import pytest
 import torch
 from ranks import run_ranks
-from test_plan_memory import VIT, make, settings
+from test_plan_memory import RESNET, VIT, make, settings, trained_twice
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tubelet.program.plan.facts import Facts
@@ -58,6 +58,34 @@ def count(world, device, cases):
         found.append((sent.nbytes, sent.seen))
         engine.close()
     return found
+
+
+SAVED = [(VIT, ("zero", 2, "fp32", {"optimizer": {"name": "sgd"}, "ema": True})),
+         (VIT, ("zero", 3, "bf16", {"optimizer": {"name": "lion", "frozen": ["^blocks\\.0\\."]}})),
+         (VIT, ("plain", 0, "fp32", {"optimizer": {"name": "adafactor"}, "ema": True})), (RESNET, ("zero", 1, "fp32", {}))]
+
+
+def save(world, device, folder):
+    from tubelet.engine.checkpoint.save import Saver
+    from tubelet.engine.settings import CheckpointSettings
+
+    for number, (model, case) in enumerate(SAVED):
+        engine, average = trained_twice(world, device, model, case)
+        saver = Saver(folder / str(number), engine, CheckpointSettings(asynchronous=False))
+        saver.start(2, average.tensors() if average else None, {})
+        saver.close()
+        engine.close()  # type: ignore[attr-defined]
+
+
+def test_a_checkpoint_weighs_what_is_predicted(tmp_path):
+    run_ranks(save, 2, tmp_path)
+    for number, (model, case) in enumerate(SAVED):
+        own, found = settings(case, 2), 0
+        for path in (tmp_path / str(number)).glob("step-*/*.safetensors"):
+            with open(path, "rb") as file:
+                found += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+        memory = Memory(Facts(make(model, "meta"), own.optimizer), own, Way(*case[:3], 2, 2, gpu=False))
+        assert found == memory.saved_bytes(), case
 
 
 def test_bytes_of_a_step_are_what_the_collectives_send():
