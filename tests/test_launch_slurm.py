@@ -21,6 +21,7 @@ from launch.slurm_checks import _gpus
 from launch.slurm_restart import answer, first_failure
 from launch.slurm_script import script
 from launch.sweep import finish_words, piece_words, points
+from tubelet.dist import World, device_index
 from tubelet.errors import CheckpointError, ConfigError
 
 GOLDEN = Path(__file__).parent / "golden" / "slurm"
@@ -235,6 +236,14 @@ def test_the_decision_is_asked_for_and_the_failed_node_is_left_out(tmp_path):
     assert "scontrol update JobId=12 ExcNodeList=g9,g2" in calls and calls.index(
         "scontrol update JobId=12 ExcNodeList=g9,g2") > calls.index("scontrol requeue 12")
     assert "on g2 a rank failed first (Killed)" in output and left == 137
+
+
+def test_each_task_has_a_gpu_whether_a_site_shows_it_all_of_the_node_or_its_own():
+    world, step = World(5, 16, 5, 8), {"SLURM_STEP_ID": "0"}
+    assert [device_index(world, 8, step), device_index(world, 8, {}), device_index(world, 1, step)] == [5, 5, 0]
+    for visible, env in ((1, {}), (4, step), (0, step)):
+        with pytest.raises(ConfigError, match="Local rank 5 has no GPU"):
+            device_index(world, visible, env)
 
 
 # ---------------------------------------------------------------------------------------------------- decisions

@@ -148,8 +148,7 @@ def start(world: World, timeout_seconds: float = 600, control_timeout_seconds: f
     if world.size == 1 and not dist.is_initialized():  # nobody to meet: a port that no other program can take first
         store = dist.TCPStore("127.0.0.1", 0, 1, is_master=True)
     port = store.port if store else world.port or free_port()
-    bound = cuda and torch.cuda.device_count() == 1 and "SLURM_STEP_ID" in os.environ  # a site that gives each task its GPU
-    index = 0 if bound else world.local_rank
+    index = device_index(world, torch.cuda.device_count()) if cuda else world.local_rank
     # DeepSpeed and Accelerate take LOCAL_RANK for the number of the device.
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(index),
                       LOCAL_SIZE=str(world.local_size), MASTER_ADDR=world.address, MASTER_PORT=str(port))
@@ -159,9 +158,6 @@ def start(world: World, timeout_seconds: float = 600, control_timeout_seconds: f
             os.environ["GLOO_SOCKET_IFNAME"] = card
     device = torch.device("cuda", index) if cuda else torch.device("cpu")
     if cuda:
-        if index >= torch.cuda.device_count():
-            raise ConfigError(f"Local rank {index} has no GPU: {torch.cuda.device_count()} are visible.",
-                              "start at most one process a GPU, or check CUDA_VISIBLE_DEVICES")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", rank=world.rank, world_size=world.size, store=store,
@@ -171,6 +167,17 @@ def start(world: World, timeout_seconds: float = 600, control_timeout_seconds: f
                          "evaluate": eval_timeout_seconds})
     _meeting.hosts = gather(_own_host())
     return device
+
+
+def device_index(world: World, visible: int, env: Mapping[str, str] | None = None) -> int:
+    """Which of the `visible` GPUs this rank takes: that of its local rank, or the only one where SLURM gives each task its
+    own. Raises `ConfigError` when there is none for it."""
+    if visible == 1 and "SLURM_STEP_ID" in (os.environ if env is None else env):
+        return 0
+    if world.local_rank >= visible:
+        raise ConfigError(f"Local rank {world.local_rank} has no GPU: {visible} are visible.",
+                          "start at most one process a GPU, or check CUDA_VISIBLE_DEVICES")
+    return world.local_rank
 
 
 def _own_host() -> tuple[str, str]:
