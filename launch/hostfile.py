@@ -54,6 +54,10 @@ def size(hosts: Sequence[Host]) -> int:
     return sum(len(host.slots) for host in hosts)
 
 
+def _processes(number: int) -> str:
+    return f"{number} process" + "es" * (number != 1)
+
+
 def node_line(request: Request, hosts: Sequence[Host], endpoint: str, start: str, rank: str) -> str:
     """The line of shell that one host runs; `rank` is its number, or what becomes it."""
     folder = request.launch_folder
@@ -78,7 +82,7 @@ def render(request: Request) -> str:
     hosts, folder = hosts_of(request), request.launch_folder
     check_world(request, size(hosts))
     start, endpoint = f"{request.name}-0", f"{hosts[0].name.rpartition('@')[2]}:{first_port(request)}"
-    lines = ["#!/usr/bin/env bash", f"# {len(hosts)} hosts, {size(hosts)} processes: {', '.join(map(str, hosts))}.",
+    lines = ["#!/usr/bin/env bash", f"# {len(hosts)} hosts, {_processes(size(hosts))}: {', '.join(map(str, hosts))}.",
              "# `launch` asks every host first, and starts the job again when one is lost, which this script does not. The",
              "# ranks meet at the address by which the first host is reached and at a port that is free there.",
              "set -euo pipefail", f"mkdir -p {shlex.quote(str(folder))}",
@@ -139,7 +143,7 @@ def _starts(request: Request, hosts: list[Host], checked: Checked, restarts: Res
         if code != EXIT_LOST or asked:
             return code
         if not restarts.again(code, node=failed):
-            return code
+            return restarts.code
         hosts, checked = remaining(request, hosts)
 
 
@@ -210,7 +214,7 @@ def remaining(request: Request, hosts: list[Host]) -> tuple[list[Host], Checked]
         if not checked.endpoint or any(host.name not in checked.answers for host in kept):
             continue  # another one has gone meanwhile
         if count < len(hosts):
-            remote.say(f"going on with {count} of {len(hosts)} hosts, {size(kept)} processes: the run reshapes")
+            remote.say(f"going on with {count} of {len(hosts)} hosts, {_processes(size(kept))}: the run reshapes")
         return kept, checked
     left = ", ".join(map(str, alive)) or "none"
     raise RunError(f"{len(alive)} of {len(hosts)} hosts still answer, too few to go on ({left}).",

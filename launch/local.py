@@ -47,5 +47,7 @@ def run(request: Request) -> int:
     restarts = Restarts(request)
     while True:
         ended = supervise(command(request), {**env, **restarts.environment()}, cwd=request.settings.workdir or None)
-        if ended.code != EXIT_LOST or ended.asked or not restarts.again(ended.code):
+        if ended.code != EXIT_LOST or ended.asked:
             return ended.code
+        if not restarts.again(ended.code):
+            return restarts.code

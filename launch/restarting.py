@@ -8,6 +8,7 @@ import time
 
 from launch.request import Request
 from launch.restarts import decide, newest_attempt
+from tubelet import first_error
 from tubelet.runs import scheduler_job
 
 END = "TUBELET_END_TIME"
@@ -22,7 +23,7 @@ class Restarts:
         own = f"{request.launcher}-{socket.gethostname()}-{os.getpid()}-{time.time():.0f}"
         self.job = scheduler_job(os.environ)[0] or own
         """What all starts have in common, so that each may follow the one before; the scheduler's job when we run in one."""
-        self.count = 0
+        self.count = self.code = 0
         seconds = request.settings.seconds
         self.end = {} if seconds is None else {END: f"{time.time() + seconds:.0f}"}
         self._newest = self._attempt()
@@ -36,13 +37,17 @@ class Restarts:
 
     def again(self, code: int, node: str = "", how: str = "") -> bool:
         """Decide, after a rank or a host was lost, whether the job is started again; says so. A program without a run folder
-        is not: it has nothing to go on from."""
-        folder = self.request.run_folder
+        is not: it has nothing to go on from. `self.code` is then the job's: what the run has written of its own end counts
+        more than what its launcher saw, since a connection may break a moment after all was saved."""
+        folder, self.code = self.request.run_folder, code
         if folder is None:
             return False
         before, self._newest = self._newest, self._attempt()
         attempt = self._newest if self._newest != before else 0
+        if attempt and first_error.read(folder, attempt):
+            node = ""  # the run knows better where it began
         decision = decide(folder, code, self.request.settings.restart, job=self.job, attempt=attempt, node=node, how=how)
         print(f"launch: {decision.said}", flush=True)
         self.count += decision.restart
+        self.code = decision.code
         return decision.restart

@@ -151,6 +151,35 @@ def test_bad_input_is_refused_before_anything_starts(tmp_path, capsys, monkeypat
     assert "still running" in said and "run.take_over=true" in said
 
 
+@pytest.mark.parametrize("record, error, code, starts", [
+    ({"how": "finished", "code": 0}, None, 0, 1),  # a rank was killed when all was saved
+    (None, {"rank": 1, "host": "n", "code": 1, "error": "error: no", "time": 0.0}, 1, 1),
+    (None, None, 87, 3)])
+def test_what_the_run_wrote_of_its_end_counts_more_than_a_loss_that_its_launcher_saw(
+        tmp_path, monkeypatch, capsys, record, error, code, starts):
+    config, folder = recipe(tmp_path)
+    begun = []
+
+    def start_once(command, env, **_):
+        begun.append(env)
+        (folder / "attempts").mkdir(parents=True, exist_ok=True)
+        (folder / "logs").mkdir(exist_ok=True)
+        stem = f"{len(begun):04d}"
+        (folder / "attempts" / f"{stem}.json").write_text("{}")
+        (folder / "attempts" / f"{stem}.yaml").write_text("")
+        if record:
+            (folder / "attempts" / f"{stem}.end.json").write_text(json.dumps(record))
+        if error:
+            (folder / "logs" / f"first-error-{stem}.json").write_text(json.dumps(error))
+        return Ended(87, False)
+
+    monkeypatch.setattr("launch.local.supervise", start_once)
+    assert main(["local", "--nproc", "2", "--restart.max-without-progress", "2", "--", "pretrain", str(config)]) == code
+    assert len(begun) == starts and f"launch: attempt {starts} left with {code}" in capsys.readouterr().out
+    assert len({env["TUBELET_JOB"] for env in begun}) == 1
+    assert [env["TUBELET_RESTARTS"] for env in begun] == ["0", "1", "2"][:starts]
+
+
 def rank(process, number):
     """Pid of a rank below a launcher."""
     for path in Path("/proc").glob("[0-9]*/environ"):

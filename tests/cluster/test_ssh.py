@@ -122,7 +122,7 @@ def test_a_run_over_ssh_outlives_a_killed_worker_and_a_lost_host_with_the_sample
     said = job.said()
     for part in (f"launch: 2 hosts answer and agree (Python {sys.version.split()[0]}", f"{A}: step 1/",
                  f"launch: hosts ended with {A}: 87, {B}: 87", "started again", f"{B} is left out: cannot be reached by ssh",
-                 "going on with 1 of 2 hosts, 1 processes: the run reshapes", f"step {STEPS}/{STEPS}"):
+                 "going on with 1 of 2 hosts, 1 process: the run reshapes", f"step {STEPS}/{STEPS}"):
         assert part in said, (part, said[-6000:])
     assert job.worlds() == [2, 2, 1] and digests(job.run) == undisturbed
     decisions = rows(job.run / "launch" / "restarts.jsonl")
@@ -170,7 +170,7 @@ def test_killing_a_launcher_over_ssh_leaves_no_process_on_any_host(hosts, tmp_pa
 
 
 @pytest.mark.parametrize("transport", ["ssh", "pdsh"])
-def test_a_host_that_refuses_and_one_that_does_not_exist_are_named_together_before_anything_starts(hosts, tmp_path, transport):
+def test_hosts_that_refuse_or_do_not_exist_are_named_together_before_anything_starts(hosts, tmp_path, transport):
     job = Job(hosts, tmp_path, transport)
     hosts.stop(B)
     job.hostfile.write_text(f"{A} slots=1\n{B} slots=1\nno-such-host.invalid slots=1\n127.0.0.4 slots=1\n")
@@ -194,11 +194,10 @@ def test_a_host_with_another_key_says_which_one_is_not_known(hosts, tmp_path):
     assert code == 1 and f"{B}: cannot be reached by ssh" in said and "accept its key once" in said, said
 
 
-def shim(folder, other):
-    """A Python that is another one on host B: there it finds another checkout."""
+def shim(folder, on_b):
+    """A Python that is another one on host B: there it runs the shell line `on_b` first."""
     path = folder / "python"
-    path.write_text(f'#!/bin/sh\ncase "$SSH_CONNECTION" in *" {B} "*) cd {other} || exit 1;; esac\n'
-                    f'exec {sys.executable} "$@"\n')
+    path.write_text(f'#!/bin/sh\ncase "$SSH_CONNECTION" in *" {B} "*) {on_b};; esac\nexec {sys.executable} "$@"\n')
     path.chmod(0o755)
     return path
 
@@ -215,22 +214,21 @@ def test_a_host_with_other_versions_is_refused_with_what_differs(hosts, tmp_path
     (other / "tubelet" / "__init__.py").write_text('__version__ = "9.9.9"\n')
     (other / "torch-1.0.dist-info").mkdir()
     (other / "torch-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n")
-    job = Job(hosts, tmp_path, "ssh", "--python", str(shim(tmp_path, other)))
+    job = Job(hosts, tmp_path, "ssh", "--python", str(shim(tmp_path, f"cd {other}")))
     code, said = job.ask()
-    assert code == 1 and f"{B}: has other versions: tubelet 9.9.9 instead of" in said and "torch 1.0 instead of" in said, said
+    assert code == 1 and f"{B}: has other versions: tubelet 9.9.9 instead of" in said, said
+    assert "torch 1.0 instead of" in said
     assert "source code" in said and "Try: the same checkout on all hosts" in said and not (job.run / "attempts").exists()
 
 
 def test_hosts_without_the_folder_the_python_or_the_shared_disk_are_told_apart(hosts, tmp_path):
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    code, said = Job(hosts, tmp_path, "ssh", "--python", str(shim(tmp_path, empty))).ask()
+    bare = shim(tmp_path, f'cd /; exec {sys.executable} -S "$@"')  # -S: nor is it installed
+    code, said = Job(hosts, tmp_path, "ssh", "--python", str(bare)).ask()
     assert code == 1 and f"{B}: " in said and "no checkout with this launcher" in said, said
     code, said = Job(hosts, tmp_path, "ssh", "--python", "/no/such/python").ask()
-    assert code == 1 and "2 of 2 hosts" in said and "/no/such/python cannot be run there" in said and "--python" in said, said
-    hidden = shim(tmp_path, ROOT)  # on host B the run's folder is another one, as on a disk that is not shared
-    hidden.write_text(hidden.read_text().replace(
-        f"cd {ROOT} || exit 1", f'exec unshare -m sh -c \'mount -t tmpfs none {tmp_path}; exec "$@"\' sh {sys.executable} "$@"'))
+    assert code == 1 and "2 of 2 hosts" in said and "/no/such/python cannot be run there" in said, said
+    mount = f"mount -t tmpfs none {tmp_path}"  # hides the run's folder
+    hidden = shim(tmp_path, f"exec unshare -m sh -c '{mount}; exec \"$@\"' sh {sys.executable} \"$@\"")
     code, said = Job(hosts, tmp_path, "ssh", "--python", str(hidden)).ask()
     assert code == 1 and f"{B}: does not see" in said and "run.dir=" in said, said
 
