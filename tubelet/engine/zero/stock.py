@@ -87,6 +87,11 @@ def _check(source: Source, ranks: int, stage: int) -> None:
         raise CheckpointError(f"{source.folder} holds no trained parameters.", "--to safetensors")
 
 
+def clipping(manifest: dict[str, Any]) -> float:
+    """`clip_grad` of the run in DeepSpeed's words: 0 = none."""
+    return (manifest.get("config") or {}).get("clip_grad") or 0.0
+
+
 def _described(source: Source, ranks: int, stage: int) -> dict[str, Any]:
     manifest, index = source.manifest, source.index
     return {"step": manifest["step"], "samples": manifest.get("samples"), "ranks": ranks, "stage": stage,
@@ -99,6 +104,7 @@ def _readme(source: Source, ranks: int, stage: int) -> str:
     manifest, optimizer = source.manifest, source.index.optimizer
     made = "torch.optim.AdamW" if optimizer == "AdamW" else f"timm.optim.{optimizer}"
     precision = ', "bf16": {"enabled": True}' if manifest["engine"]["precision"] == "bf16" else ""
+    clip = clipping(manifest)
     scaled = ((manifest.get("config") or {}).get("optimizer") or {}).get("layer_decay", 1.0) != 1.0
     note = ("\nThis run trained with `optimizer.layer_decay`: each parameter had a learning rate of its own, which a group "
             "here does not say. Weights and moments are exact; the learning rates are yours to set.\n" if scaled else "")
@@ -108,7 +114,8 @@ def _readme(source: Source, ranks: int, stage: int) -> str:
             "names = dict(model.named_parameters())  # the same model; freeze what `said[\"frozen\"]` names\n"
             "groups = [{\"params\": [names[name] for name in group[\"params\"]]} for group in said[\"groups\"]]\n"
             f"engine, *_ = deepspeed.initialize(model=model, optimizer={made}(groups, lr=1e-3), config={{\n"
-            f"    \"train_batch_size\": ..., \"zero_allow_untested_optimizer\": True{precision},\n"
+            f"    \"train_batch_size\": ..., \"gradient_clipping\": {clip}{precision},\n"
+            "    \"zero_allow_untested_optimizer\": True,\n"
             f"    \"zero_optimization\": {{\"stage\": {stage}}}}})\n"
             "engine.load_checkpoint(\"THIS_FOLDER\")\n```\n"
             "\nGroups, their order and the order inside them must be these. `python zero_to_fp32.py . OUT` makes plain "
@@ -194,6 +201,7 @@ class StockEngine:
         names = {param: name for name, param in params.items()}
         config = {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
                   "zero_allow_untested_optimizer": True, "steps_per_print": None,
+                  "gradient_clipping": clipping(source.manifest),  # it is saved, and a load goes by that
                   "bf16": {"enabled": self.precision == "bf16"}, "zero_optimization": {"stage": stage}}
         self.deepspeed = _initialize(self.module, _optimizer(source.index.optimizer, groups), config)
         self.optimizer = self.deepspeed.optimizer.optimizer
