@@ -84,7 +84,8 @@ def query_hosts(request: Request, hosts: Sequence[Host], attempt: Attempt | None
     if leader in answers and answers[leader]["port"] is None:
         problems[leader] = _port_taken(request, ports)
         del answers[leader]
-    endpoint = f"{address(answers, leader)}:{answers[leader]['port']}" if leader in answers else ""
+    where = request.settings.hostfile.address or (address(answers, leader) if leader in answers else "")
+    endpoint = f"{where}:{answers[leader]['port']}" if leader in answers else ""
     return Checked(answers, problems, endpoint)
 
 

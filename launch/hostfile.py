@@ -81,7 +81,8 @@ def render(request: Request) -> str:
     """What would run, as one script of shell; the hosts are not asked."""
     hosts, folder = hosts_of(request), request.launch_folder
     check_world(request, size(hosts))
-    start, endpoint = f"{request.name}-0", f"{hosts[0].name.rpartition('@')[2]}:{first_port(request)}"
+    where = request.settings.hostfile.address or hosts[0].name.rpartition("@")[2]
+    start, endpoint = f"{request.name}-0", f"{where}:{first_port(request)}"
     lines = ["#!/usr/bin/env bash", f"# {len(hosts)} hosts, {_processes(size(hosts))}: {', '.join(map(str, hosts))}.",
              "# `launch` asks every host first, and starts the job again when one is lost, which this script does not. The",
              "# ranks meet at the address by which the first host is reached and at a port that is free there.",
@@ -144,6 +145,9 @@ def _starts(request: Request, hosts: list[Host], checked: Checked, restarts: Res
             return code
         if not restarts.again(code, node=failed):
             return restarts.code
+        if request.settings.restart.exclude_failed_node and failed and len(hosts) > 1:
+            remote.say(f"{failed} failed first and is left out (restart.exclude_failed_node)")
+            hosts = [host for host in hosts if host.name != failed]
         hosts, checked = remaining(request, hosts)
 
 

@@ -90,8 +90,11 @@ class HostfileSettings(Settings):
     """How commands reach the hosts."""
     ssh_options: list[str] = free([])
     """Further options of ssh, such as `-p 2222`."""
+    address: str | None = free(None)
+    """Address of the first host at which the ranks meet; null = the one by which it was reached, or its first one when that
+    is a loopback."""
     port: int | None = free(None, gt=0, lt=65536)
-    """Port at which the ranks meet on the first host; null = from the run's name."""
+    """Port at which the ranks meet on the first host; null = one of 20 that belong to the run's name."""
     connect_seconds: float = free(10.0, gt=0)
     """How long a host may take to answer."""
 

@@ -31,6 +31,7 @@ CASES = {
     "ssh": [*SITE, "--nodes", "2", *PRETRAIN],
     "pdsh": [*SITE, "--transport", "pdsh", "--ssh-options", "[-p 2222]", "--include", "node1:0,1@node2:0,3", *PRETRAIN],
     "everything": [*SITE, "--exclude", "node3", "--cpus-per-task", "12", "--time", "2:00:00", "--port", "29400",
+                   "--address", "10.0.0.1",
                    "--ssh-options", "[-p, '2222', -o, User=me]", "--connect-seconds", "3", "--setup", "ulimit -n 65536",
                    "--container", "apptainer exec --nv /images/tubelet.sif", "--environment.NCCL_DEBUG=INFO",
                    "--environment.WANDB_API_KEY=0123456789abcdef", "--processes-per-node", "4", *PRETRAIN],
@@ -331,3 +332,20 @@ def test_a_job_goes_on_with_as_many_hosts_as_can_deal_its_batch(tmp_path, monkey
     job.sources["nodes"], job.settings.nodes = "command line", "5"
     with pytest.raises(RunError, match="4 of 5 hosts still answer, too few"):
         hostfile.remaining(job, hosts)
+
+
+def test_a_host_that_failed_is_left_out_of_the_next_start_when_that_is_wanted(tmp_path, monkeypatch, capsys):
+    for wanted, second in (("true", ["a"]), ("false", ["a", "b"])):
+        job = request(tmp_path / wanted, "--restart.exclude-failed-node", wanted)
+        seen = []
+
+        def once(request, hosts, endpoint, restarts, seen=seen):
+            seen.append([host.name for host in hosts])
+            return (87, "b", False) if len(seen) == 1 else (0, "", False)
+
+        monkeypatch.setattr(hostfile, "one_start", once)
+        monkeypatch.setattr(hostfile, "query_hosts",
+                            lambda request, hosts, attempt: Checked({host.name: {} for host in hosts}, {}, "a:1"))
+        hosts = [Host("a", (0,)), Host("b", (0,))]
+        assert hostfile._starts(job, hosts, Checked({}, {}, "a:1"), hostfile.Restarts(job)) == 0
+        assert seen == [["a", "b"], second]
