@@ -251,6 +251,7 @@ def test_missing_ranks_are_looked_up_in_the_launchers_hosts_or_among_their_neigh
     world = dist.World(0, 6, 0, 2)
     came = [Node("a", "", [0, 1]), Node("c", "", [4])]
     assert name_missing(world, [2, 3, 5], came, {"TUBELET_HOSTS": "a,b,c"}) == {"b": [2, 3], "c": [5]}
+    assert name_missing(world, [2], came, {"TUBELET_HOSTS": "a\nb\nc\n"}) == {"b": [2]}
     assert name_missing(world, [2, 3, 5], came, {}) == {"an unknown host": [2, 3], "c": [5]}
 
 
