@@ -112,7 +112,7 @@ def rank_labels(nodes: Sequence[Node]) -> dict[int, str]:
 
 
 def expected_hosts(world: dist.World, env: Mapping[str, str] = os.environ) -> list[str]:
-    """Host names by node as far as the launcher says them: TUBELET_HOSTS (names between commas or white space), or SLURM's list."""
+    """Host names by node as the launcher says them: TUBELET_HOSTS (between commas or white space), or SLURM's list."""
     from shutil import which
     from subprocess import run
 
