@@ -14,7 +14,7 @@ import shlex
 import subprocess
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,11 +74,9 @@ def run(request: Request) -> int:
     check(request)
     for job in made:
         test_only(script(job.request))
-    with ExitStack() as claims:
+    with _one_at_a_time(request.launch_folder):
         for its in request.runs or [request]:
-            claims.enter_context(_one_at_a_time(its))
             claim(its)
-        folder.prepare(request.launch_folder)
         number = ""
         for job in made:
             _write(job.path, script(job.request))
@@ -89,10 +87,10 @@ def run(request: Request) -> int:
 
 
 @contextmanager
-def _one_at_a_time(request: Request) -> Iterator[None]:
+def _one_at_a_time(place: Path) -> Iterator[None]:
     """Two people who submit the same run at the same moment do so one after the other; the second is then refused."""
-    folder.prepare(request.launch_folder)
-    with open(request.launch_folder / ".submitting", "w") as file:
+    folder.prepare(place)
+    with open(place / ".submitting", "w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
@@ -123,6 +121,7 @@ def _note(request: Request, number: str) -> None:
     """For those who look at a run: which job was submitted for it."""
     record = {"job": f"slurm-{number}", "time": time.time(), "launcher": "slurm", "cluster": cluster()}
     for index, run in enumerate(request.runs):
+        folder.prepare(run.launch_folder)
         files.write_json(run.launch_folder / SUBMITTED, {**record, "job": f"slurm-{number}_{index}"})
     if not request.runs and request.training is not None:
         files.write_json(request.launch_folder / SUBMITTED, record)

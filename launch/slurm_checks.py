@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shutil
@@ -177,6 +178,7 @@ def writable(path: Path) -> None:
                        "another run.dir= (shared by all nodes), or permissions there") from None
 
 
+@functools.cache
 def cluster() -> str:
     """The name of this cluster: numbers of jobs mean nothing on another."""
     found = re.search(r"ClusterName\s*=\s*(\S+)", ask("scontrol", "show", "config"))
