@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import socket
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from launch.request import Request
@@ -42,6 +46,26 @@ def prepare(folder: Path) -> None:
     except OSError as error:
         raise RunError(f"{folder} cannot be written: {error.strerror or error}.",
                        "another run.dir= (shared by all nodes), or free space and permissions there") from None
+
+
+@contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Hold a launcher's folder, so that no other launcher starts the same run in the seconds before the run itself says who
+    writes it. Raises `RunError` when another one does; on a disk without locks the run alone decides."""
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            who = file.read() or "it has just begun"
+            raise RunError(f"{folder} is held by another launcher that is still running: {who}.",
+                           "end that one first; or run.take_over=true; or another run.name") from None
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
 
 
 def submitted(folder: Path, job: str, launcher: str) -> None:

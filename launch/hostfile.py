@@ -13,16 +13,18 @@ import signal
 import socket
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from launch import forward, remote
-from launch.folder import check_owner, open_attempt, prepare, submitted
+from launch.folder import alone, check_owner, open_attempt, prepare, submitted
 from launch.hostcheck import Checked, first_port, is_gone, query_hosts, report
 from launch.hosts import Host, choose, read_hostfile
 from launch.request import Request, check_world
 from launch.restarting import END, Restarts
 from launch.workers import FORWARDED, environment, joined
 from tubelet.errors import EXIT_LOST, ConfigError, RunError, TubeletError
+from tubelet.runs import Attempt
 
 LAST_SECONDS = 30.0
 """After a host has failed: how long the others have to notice by themselves, and to write why."""
@@ -121,6 +123,14 @@ def run(request: Request) -> int:
     if attempt is None or attempt.host == socket.gethostname():
         check_owner(request)
     prepare(folder)
+    free = request.training is not None and request.training.run.take_over
+    with nullcontext() if free else alone(folder):
+        return _run(request, hosts, attempt)
+
+
+def _run(request: Request, hosts: list[Host], attempt: Attempt | None) -> int:
+    """Ask the hosts and start; `attempt` is the run's last start when that may still be running."""
+    folder = request.launch_folder
     checked = query_hosts(request, hosts, attempt)
     checked.raise_if_any()
     said = request.training is not None and request.training.run.take_over

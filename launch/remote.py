@@ -12,7 +12,6 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -144,11 +143,7 @@ class Nodes:
             if code:
                 self.codes[code[1]] = int(code[2])
                 continue
-            with _print_lock:
-                try:
-                    print(f"{name}{text}", flush=True)
-                except OSError:
-                    pass  # nobody reads us any more
+            _show_line(f"{name}{text}")
 
     def running(self) -> bool:
         """Whether any host still runs; fills `codes`."""
@@ -178,5 +173,12 @@ class Nodes:
 
 def say(text: str) -> None:
     """A line of the launcher's own among those of the hosts."""
+    _show_line(f"launch: {text}")
+
+
+def _show_line(text: str) -> None:
     with _print_lock:
-        print(f"launch: {text}", file=sys.stdout, flush=True)
+        try:
+            print(text, flush=True)
+        except OSError:
+            pass  # nobody reads us any more, which is no reason to end a job

@@ -16,6 +16,7 @@ from programs import ROOT, recipe
 
 from launch import forward, hostfile, node
 from launch.__main__ import main
+from launch.folder import alone
 from launch.hostcheck import Checked, address, is_gone, judge, silent
 from launch.hosts import Host, choose, read_hostfile
 from launch.remote import LOST, Answer
@@ -349,3 +350,17 @@ def test_a_host_that_failed_is_left_out_of_the_next_start_when_that_is_wanted(tm
         hosts = [Host("a", (0,)), Host("b", (0,))]
         assert hostfile._starts(job, hosts, Checked({}, {}, "a:1"), hostfile.Restarts(job)) == 0
         assert seen == [["a", "b"], second]
+
+
+def test_two_launchers_never_start_one_run_together(tmp_path, capsys, monkeypatch):
+    job = request(tmp_path)
+    folder = job.launch_folder
+    folder.mkdir(parents=True)
+    monkeypatch.setattr(hostfile, "query_hosts", lambda *_: pytest.fail("asked the hosts"))
+    words = ["hostfile", "--file", str(tmp_path / "hostfile"), "--nodes", "1", "--processes-per-node", "1"]
+    with alone(folder):
+        assert main([*words, "--", "pretrain", *job.words]) == 1
+    said = capsys.readouterr().err
+    assert f"process {os.getpid()} on" in said and "still running" in said and "run.take_over=true" in said
+    with alone(folder):  # it is free again
+        pass
