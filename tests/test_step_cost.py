@@ -1,5 +1,6 @@
 """What a step costs beside training: exact counts. (Times are in benchmarks/engine.py.)"""
 
+import traceback
 from collections import Counter
 
 import pytest
@@ -10,6 +11,7 @@ from ranks import run_ranks
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tubelet.engine.settings import EngineSettings
+from tubelet.seeding import seed_torch
 
 
 class Count(TorchDispatchMode):
@@ -56,3 +58,10 @@ def test_a_step_that_does_not_log_costs_one_small_collective_and_no_look_at_the_
         assert sum(bare.values()) > 0, "nothing was counted"
         more = {key: ours.get(key, 0) - bare.get(key, 0) for key in {*ours, *bare} if ours.get(key, 0) != bare.get(key, 0)}
         assert more == {"c10d.allreduce_": 4}, (more, ours, bare)  # four steps, one sum over the control group each
+
+
+def test_random_numbers_of_a_micro_batch_are_those_of_manual_seed_and_take_no_stack(monkeypatch):
+    expected = torch.manual_seed(2**62 + 5) and torch.rand(3)
+    monkeypatch.setattr(traceback, "format_stack", lambda *_: pytest.fail("torch wrote down the stack: 1 % of a small step"))
+    seed_torch(2**62 + 5, torch.device("cpu"))
+    assert torch.equal(torch.rand(3), expected)

@@ -39,7 +39,7 @@ from tubelet.engine.view import View
 from tubelet.engine.watchdog import Watchdog
 from tubelet.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_PREEMPTED, DataError
 from tubelet.runs import Run
-from tubelet.seeding import hash_seed
+from tubelet.seeding import hash_seed, seed_torch
 
 __all__ = ["Beginning", "Stopped", "TrainState", "Trainer"]
 
@@ -208,7 +208,7 @@ class Trainer:
         self.losses = []
         with self.phases("compute"), self.view.profiler.step(self.state.step - self.view.first_step):
             for number, batch in enumerate(batches):
-                torch.manual_seed(hash_seed(self.settings.seed, self.state.step, first + number))
+                seed_torch(hash_seed(self.settings.seed, self.state.step, first + number), self.engine.device)
                 with self.view.own_time():
                     output = self.objective(self.engine.model, to_device(batch, self.engine.device))
                 self.engine.backward(poisoned(output["loss"]))
