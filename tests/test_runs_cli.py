@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from little_run import resumed, trainers
 from programs import ROOT, kill, recipe, rows, run, start, wait_for
 from run_folders import LOGGED, NOW, age, begin, change, checkpoint, goodput, log, say
 
@@ -263,6 +264,23 @@ def test_mistakes_are_answered_with_the_next_step(tmp_path, capsys):
 
 
 # ------------------------------------------------------------------------------------------------------ a real run
+
+
+def test_what_the_trainer_writes_is_read_as_it_is_meant(tmp_path, one_thread, capsys, monkeypatch):
+    monkeypatch.setattr("tubelet.runs._git", lambda *words: "")  # somebody may commit between the two starts
+    with trainers(tmp_path, name="r") as make:
+        make(total_steps=4).fit()
+        make(total_steps=6, beginning=resumed(tmp_path / "r")).fit()
+    capsys.readouterr()
+    found = standing(tmp_path / "r")
+    assert (found.state, found.step, found.total_steps, found.restarts, found.without_progress) == ("finished", 6, 6, 1, 0)
+    assert found.checkpoint.step == 6 and not found.checkpoint.problem and 0 < found.goodput < 1 and found.rate > 0
+    assert say("tail", tmp_path / "r", "-n", 100) == 0
+    lines = [line[16:] for line in capsys.readouterr().out.splitlines()]
+    kinds = [line.split("  ")[0].split(" (")[0].split(", ")[0] for line in lines if "checkpoint" not in line]
+    assert [kind.split(" on ")[0] for kind in kinds] == [
+        "start 1", *(f"step {step}" for step in range(1, 5)), "start 1 finished at step 4",
+        "start 2", "resumed at step 4", "step 5", "step 6", "start 2 finished at step 6"]
 
 
 def test_a_real_run_is_seen_running_killed_resumed_and_finished(tmp_path):
