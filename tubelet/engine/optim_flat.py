@@ -14,7 +14,8 @@ parameter gets which scale (`optim.py`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -49,11 +50,13 @@ class Scaled(torch.optim.Optimizer):
     scales: Mapping[str, float] = {}
     """Scale by parameter name; empty = 1 everywhere. `build_optimizer` sets it."""
     _places: dict[torch.Tensor, list[Stretch]] | None = None
+    _by_scale: Sequence[tuple[list[torch.Tensor], list[tuple[float, list[Place]]]]] = ()
 
     def bind(self, engine: Engine) -> None:
         """Learn where the parameters lie, once; `set_learning_rate` calls it before every step."""
         if self.scales and self._places is None:
             self._places = {flat.key: stretches(flat, self.scales) for flat in engine.flats()}
+            self._by_scale = []
 
     def scale(self, key: torch.Tensor) -> float:
         """Scale of a flat that is one whole parameter."""
@@ -67,27 +70,37 @@ class Scaled(torch.optim.Optimizer):
         """The keys of a group that have a gradient, their state begun."""
         keys = [key for key in group["params"] if key.grad is not None]
         for key in keys:
-            if not self.state[key]:
-                self.begin(self.state[key], key, group)
+            state = self.state[key]
+            if not state:
+                self.begin(state, key, group)
         return keys
 
     def begin(self, state: dict[str, Any], key: torch.Tensor, group: dict[str, Any]) -> None:
         """Fill in the state of a tensor before its first step."""
         raise AssertionError(f"{type(self).__name__} does not say how its state begins")
 
-    def by_scale(self, keys: Sequence[torch.Tensor]) -> Iterator[tuple[float, list[Place]]]:
-        """(scale, its stretches in all keys)."""
+    def by_scale(self, keys: Sequence[torch.Tensor]) -> list[tuple[float, list[Place]]]:
+        """(scale, its stretches in all keys). Found once for the same keys: of a model's parameters, which the plain engine
+        steps on, there are hundreds."""
+        for known, places in self._by_scale:
+            if len(known) == len(keys) and all(map(operator.is_, known, keys)):
+                return places
         found: dict[float, list[Place]] = {}
         for key in keys:
             places = self.stretches_of(key)
             for first, end, scale in places:
                 found.setdefault(scale, []).append((key, slice(first, end) if len(places) > 1 else None))
-        yield from found.items()
+        # which keys are asked for hardly changes: those of a group, or of each part of it that ZeRO-3 steps on
+        self._by_scale = [*self._by_scale, (list(keys), list(found.items()))][-64:]
+        return list(found.items())
 
     def views(self, places: list[Place], *kinds: str) -> list[list[torch.Tensor]]:
         """Weights, gradients and the named state tensors of the stretches."""
         wholes: list[list[torch.Tensor]] = [[key for key, _ in places], [key.grad for key, _ in places]]  # type: ignore
-        wholes += [[self.state[key][kind] for key, _ in places] for kind in kinds]
+        states = [self.state[key] for key, _ in places]
+        wholes += [[state[kind] for state in states] for kind in kinds]
+        if all(cut is None for _, cut in places):
+            return wholes
         return [[whole if cut is None else whole.detach()[cut] for whole, (_, cut) in zip(own, places)] for own in wholes]
 
 
@@ -100,20 +113,22 @@ class AdamW(Scaled, torch.optim.AdamW):
             torch.optim.AdamW.step(self)
             return
         for group in self.param_groups:
-            keys = self.live(group)
-            for scale, places in self.by_scale(keys):
+            several: dict[torch.Tensor, None] = {}
+            for scale, places in self.by_scale(self.live(group)):
                 # torch counts every tensor of its list on by one: of a flat in several stretches it gets copies, and the
                 # flat's own count follows below
                 steps = [self.state[key]["step"] for key, _ in places]
-                steps = [step if cut is None else step.clone() for step, (_, cut) in zip(steps, places)]
+                cuts = [key for key, cut in places if cut is not None]
+                if cuts:
+                    steps = [step if cut is None else step.clone() for step, (_, cut) in zip(steps, places)]
+                    several.update(dict.fromkeys(cuts))
                 weights, grads, means, squares = self.views(places, "exp_avg", "exp_avg_sq")
                 adamw(
                     weights, grads, means, squares, [], steps, foreach=group["foreach"], fused=group["fused"],
                     amsgrad=False, beta1=group["betas"][0], beta2=group["betas"][1], lr=group["lr"] * scale,
                     weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
-            for key in keys:
-                if len(self.stretches_of(key)) != 1:
-                    self.state[key]["step"] += 1
+            for key in several:
+                self.state[key]["step"] += 1
 
     def begin(self, state: dict[str, Any], key: torch.Tensor, group: dict[str, Any]) -> None:
         state["step"] = torch.zeros((), device=key.device if group["fused"] else "cpu")
