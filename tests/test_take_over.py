@@ -8,6 +8,7 @@ import pytest
 import torch
 from checkpoint_parts import Net, SplitEngine, differences, picture
 from ranks import run_ranks
+from test_async_save import wait_until
 
 from tubelet import errors
 from tubelet.dist import World
@@ -65,7 +66,8 @@ def test_a_save_that_fails_after_the_run_was_taken_over_removes_nothing_of_the_n
     old.start(1, None, {})
     os.kill(old._writer.process.pid, signal.SIGSTOP)
     new = saver(attempt(tmp_path), engine().train_a_little(2))
-    new.start(1, None, {})  # under way, not published
+    new.start(1, None, {})  # not published before all ranks are done
+    wait_until(new.ready, "the new attempt's files to be written")
     old._writer.process.kill()
     with pytest.raises(errors.CheckpointError, match="killed by SIGKILL"):
         old.finish()
