@@ -47,7 +47,8 @@ def decide(folder: Path, code: int, settings: RestartSettings, *, job: str, atte
            how: str = "") -> Decision:
     """Decide and remember. `code` is the job's exit code (128 + N for signal N), `attempt` the number of its start in the
     run `folder` (0 = it never claimed it; see `attempt_of`, `newest_attempt`), `job` what all its restarts have in common.
-    `node` and `how` say where and how a rank failed first, when the launcher has seen it. The caller starts the job again.
+    `node` says where a rank failed first, as the launcher calls it; `how` in which way, when it is the launcher that has seen
+    it and not the rank that has said it. The caller starts the job again.
 
     Raises `CheckpointError` when the checkpoints of a run cannot be listed.
     """
@@ -105,10 +106,13 @@ def _ended(attempt: int, code: int, step: int | None, node: str, how: str, error
     text = f"{who} left with {code}{_meaning(code)} {at}"
     if code in (0, EXIT_PREEMPTED, EXIT_SUPERSEDED, EXIT_INTERRUPTED):
         return text
+    if node and how:
+        text += f"; on {node} a rank failed first ({how})"
     if error and int(error["code"]) == code:
-        text += f"; first error, rank {error['rank']} on {node or error['host']}: {_line(error['error'])}"
-    elif node:
-        text += f"; on {node} a rank failed first{f' ({how})' if how else ''}"
+        place = error["host"] if how or not node else node
+        text += f"; first error, rank {error['rank']} on {place}: {_line(error['error'])}"
+    elif node and not how:
+        text += f"; on {node} a rank failed first"
     return text
 
 

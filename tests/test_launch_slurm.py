@@ -390,7 +390,10 @@ def test_the_node_of_a_rank_with_an_error_of_its_own_is_named_as_slurm_names_it(
     assert answer(["--per-node=2", "--max-without-progress=3", "--exclude="], env) == "restart"
     (tmp_path / "out").write_text(KILLED + "srun: error: g2: task 3: Killed\n")
     env["TUBELET_OUTPUT"] = str(tmp_path / "out")
+    capsys.readouterr()
     assert answer(["--per-node=2", "--max-without-progress=9", "--exclude="], env) == "restart without g2"
+    said = capsys.readouterr().err  # what died is one thing, who noticed another
+    assert "on g2 a rank failed first (Killed)" in said and "rank 0 on g1: Lost the connection" in said
     (run / "attempts" / "0001.end.json").write_text(json.dumps(SAVED))  # killed when all had saved: no fault of the node
     assert answer(["--per-node=2", "--max-without-progress=9", "--exclude="], env) == "restart"
 

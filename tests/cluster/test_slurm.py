@@ -131,21 +131,38 @@ def test_a_job_that_is_signalled_saves_is_requeued_and_ends_with_the_samples_of_
     assert "started again (0 of 3 restarts without progress)" in job.output and job.output.count("launch: start ") == 2
 
 
-def test_a_job_whose_time_is_over_is_requeued(cluster, tmp_path, undisturbed):
-    job = Submitted(cluster, tmp_path, *TRAIN, "--signal-seconds", "0")  # no notice: TERM, and KILL soon after it
+@pytest.mark.parametrize("notice", [0, 60])
+def test_a_job_whose_time_is_over_is_requeued(cluster, tmp_path, undisturbed, notice):
+    job = Submitted(cluster, tmp_path, *TRAIN, "--signal-seconds", str(notice))  # without notice: TERM, KILL soon after it
     job.trained(15)
-    for node in ("n1", "n2"):
-        for pid in cluster.pids(job.job, node)[1]:
-            os.kill(pid, signal.SIGSTOP)  # SLURM looks at the clock every 30 s, in which the run would end
-    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + 1))  # the job does not know: it was said later
+    pids = [pid for node in ("n1", "n2") for pid in cluster.pids(job.job, node)[1]]
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)  # SLURM looks at the clock every 30 s, in which the run would end
+    # The end comes nearer after the ranks have read it, so that it is not they who keep it.
+    end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + (50 if notice else 1)))
     cluster.run("scontrol", "update", f"JobId={job.job}", f"EndTime={end}")
-    job.wait(lambda: "DUE TO TIME LIMIT" in job.output, "the time limit")
+    if notice:
+        job.wait(lambda: all(waiting(pid, signal.SIGUSR1) for pid in pids), "USR1")
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    else:
+        job.wait(lambda: "DUE TO TIME LIMIT" in job.output, "the time limit")  # continues them, too
     cluster.wait_for(job.job, "PENDING")
     cluster.run("scontrol", "update", f"JobId={job.job}", "TimeLimit=10")
     cluster.start_now(job.job)
     job.ends()
     assert digests(job.folder) == undisturbed and job.starts() == 2
-    assert job.decisions()[0]["code"] == 85
+    assert job.decisions()[0]["code"] == 85 and ("DUE TO TIME LIMIT" in job.output) == (not notice)
+
+
+def waiting(pid, number):
+    """Whether a signal waits to be delivered to a process that is stopped; one that has gone waits for nothing."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return True
+    masks = [int(line.split()[1], 16) for line in text.splitlines() if line.startswith(("SigPnd", "ShdPnd", "SigIgn"))]
+    return any(mask >> (number - 1) & 1 for mask in masks)
 
 
 def test_slurm_itself_requeues_a_job(cluster, tmp_path, undisturbed):
