@@ -194,7 +194,7 @@ def rank(process, number):
 
 
 def test_a_run_that_loses_a_rank_is_started_again_and_ends_as_if_it_had_not(tmp_path):
-    config, folder = recipe(tmp_path / "a", 12, 3)
+    config, folder = recipe(tmp_path / "a", 30, 3)
     process = start("pretrain", config, nproc=2, env={"MARK": str(tmp_path)})
     process.mark = tmp_path
     wait_for(lambda: max(digests(folder), default=0) >= 4, process)
@@ -202,6 +202,6 @@ def test_a_run_that_loses_a_rank_is_started_again_and_ends_as_if_it_had_not(tmp_
     output, _ = process.communicate(timeout=400)
     assert process.returncode == 0, output[-5000:]
     assert "launch: attempt 1 left with 87" in output and "started again (0 of 3 restarts without progress)" in output
-    undisturbed, other = recipe(tmp_path / "b", 12, 50)
+    undisturbed, other = recipe(tmp_path / "b", 30, 50)
     run("pretrain", undisturbed)
     assert digests(folder) == digests(other) and len(list(folder.glob("attempts/*.end.json"))) >= 1
