@@ -47,8 +47,8 @@ def decide(folder: Path, code: int, settings: RestartSettings, *, job: str, atte
            how: str = "") -> Decision:
     """Decide and remember. `code` is the job's exit code (128 + N for signal N), `attempt` the number of its start in the
     run `folder` (0 = it never claimed it; see `attempt_of`, `newest_attempt`), `job` what all its restarts have in common.
-    `node` says where a rank failed first, as the launcher calls it; `how` in which way, when it is the launcher that has seen
-    it and not the rank that has said it. The caller starts the job again.
+    `node` says where a rank failed first, as the launcher calls it; `how` in which way, when it is the launcher that saw it
+    and not the rank that said it. The caller starts the job again.
 
     Raises `CheckpointError` when the checkpoints of a run cannot be listed.
     """
