@@ -141,13 +141,13 @@ def _run_ranks(order: dict[str, Any]) -> None:
         try:
             while any(process.poll() is None for process in ranks) and not any(process.poll() for process in ranks):
                 time.sleep(0.05)
+            if any(process.poll() for process in ranks):
+                time.sleep(0.5)  # for the word of the others, which may be the better one
+            failed = [(process.poll() or 0, log) for process, log in zip(ranks, logs) if process.poll()]
         finally:
             for process in ranks:
-                if process.poll() is None and any(other.poll() for other in ranks):
-                    time.sleep(0.5)  # for its own word, which may be the better one
                 process.kill()
                 process.wait()
-        failed = [(process.returncode, log) for process, log in zip(ranks, logs) if process.returncode]
         if failed:
             raise _worded(failed)
 
