@@ -26,8 +26,8 @@ demo: $(VENV)/installed  ## the main job on a CPU, end to end (about 5 minutes)
 test: $(VENV)/installed  ## the test-suite (under 15 minutes on 2 cores)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=10
 
-test-slow: $(VENV)/installed  ## the slow tests: a part chosen by SEED, of PARTS parts (PARTS=1 runs all of them)
-	$(BIN)/python -m pytest -m slow --durations=10 --timeout=1200
+test-slow: $(VENV)/installed  ## the slow tests; TUBELET_SLOW_SHARE=0.5 TUBELET_SLOW_SEED=abc runs a random half
+	$(BIN)/python -m pytest -m slow -n $(JOBS) --dist loadfile --durations=10 --timeout=1200
 
 test-cluster: $(VENV)/installed  ## jobs on several hosts, made on this one: installs what they need, as root, and cleans up
 	$(BIN)/python -m pytest -m cluster tests/cluster --timeout=900 --durations=10
