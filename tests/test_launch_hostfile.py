@@ -197,6 +197,11 @@ def test_a_node_runs_its_part_with_its_slots_and_the_variables_of_the_file(tmp_p
                            JOB_COMPLETION_INDEX="2")
     assert "--node-rank=2" in command and "--nproc-per-node=8" in command and "CUDA_VISIBLE_DEVICES" not in env
     assert 500 < float(env["TUBELET_END_TIME"]) - time.time() <= 601
+    asked = []
+    monkeypatch.setattr(node, "check_progress", lambda folder, most: asked.append((rank, str(folder), most)))
+    for rank in ("0", "1"):
+        of_node(monkeypatch, "--rank", rank, *options, "--run", "runs/r", "--max-without-progress", "7")
+    assert asked == [("0", "runs/r", 7)]  # by the first node alone
     for rank in ("3", "NO_SUCH_VARIABLE"):
         with pytest.raises(ConfigError, match="not a number below --nodes 3"):
             node.main(["--rank", rank, *options, "--", "pretrain", "c.yaml"])

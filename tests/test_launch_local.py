@@ -113,16 +113,20 @@ def test_orders_and_signals_reach_workers_and_a_kill_ends_them(tmp_path):
     worker = tmp_path / "worker.py"
     worker.write_text("import os, pathlib, signal, time\nfolder = pathlib.Path(os.environ['TUBELET_EXIT_DIR'])\n"
                       "def leave(number, frame):\n    (folder / 'rank-0.code').write_text(str(60 + number))\n"
-                      "    os._exit(0)\nsignal.signal(signal.SIGUSR1, leave)\n"
+                      "    os._exit(0)\nsignal.signal(signal.SIGUSR1, leave)\nsignal.signal(signal.SIGTERM, leave)\n"
                       "(folder / 'rank-0.pid').write_text(str(os.getpid()))\nprint('ready', flush=True)\ntime.sleep(100)\n")
-    for order, ended in ((signal.SIGUSR1, Ended(70, True)), (signal.SIGKILL, Ended(87, False))):
+    for order, ended in ((signal.SIGUSR1, Ended(70, True)), (signal.SIGKILL, Ended(87, False)), ("HUP", Ended(75, True))):
         heard = []
 
         def listen(stream, heard=heard):
             heard += iter(stream.readline, b"")
 
-        assert supervise([sys.executable, str(worker)], os.environ, output=listen,
-                         orders=lambda order=order, heard=heard: order if heard else None) == ended
+        def orders(order=order, heard=heard):
+            if heard and order == "HUP":
+                signal.raise_signal(signal.SIGHUP)  # our terminal was closed
+            return order if heard and order != "HUP" else None
+
+        assert supervise([sys.executable, str(worker)], os.environ, output=listen, orders=orders) == ended
         assert heard == [b"ready\n"]
 
 
