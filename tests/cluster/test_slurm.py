@@ -1,5 +1,6 @@
 """Jobs on a real SLURM of two nodes: however one is disturbed, it goes on by itself and has seen the same samples."""
 
+import contextlib
 import json
 import os
 import signal
@@ -136,15 +137,13 @@ def test_a_job_whose_time_is_over_is_requeued(cluster, tmp_path, undisturbed, no
     job = Submitted(cluster, tmp_path, *TRAIN, "--signal-seconds", str(notice))  # without notice: TERM, KILL soon after it
     job.trained(15)
     pids = [pid for node in ("n1", "n2") for pid in cluster.pids(job.job, node)[1]]
-    for pid in pids:
-        os.kill(pid, signal.SIGSTOP)  # SLURM looks at the clock every 30 s, in which the run would end
+    send(pids, signal.SIGSTOP)  # SLURM looks at the clock every 30 s, in which the run would end
     # The end comes nearer after the ranks have read it, so that it is not they who keep it.
     end = time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(time.time() + (50 if notice else 1)))
     cluster.run("scontrol", "update", f"JobId={job.job}", f"EndTime={end}")
     if notice:
         job.wait(lambda: all(waiting(pid, signal.SIGUSR1) for pid in pids), "USR1")
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        send(pids, signal.SIGCONT)
     else:
         job.wait(lambda: "DUE TO TIME LIMIT" in job.output, "the time limit")  # continues them, too
     cluster.wait_for(job.job, "PENDING")
@@ -153,6 +152,12 @@ def test_a_job_whose_time_is_over_is_requeued(cluster, tmp_path, undisturbed, no
     job.ends()
     assert digests(job.folder) == undisturbed and job.starts() == 2
     assert job.decisions()[0]["code"] == 85 and ("DUE TO TIME LIMIT" in job.output) == (not notice)
+
+
+def send(pids, number):
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):  # a helper of a rank that has ended meanwhile
+            os.kill(pid, number)
 
 
 def waiting(pid, number):
