@@ -20,6 +20,7 @@ import importlib
 from collections.abc import Sequence
 
 from tubelet.errors import EXIT_INTERRUPTED, ConfigError, TubeletError, nearest
+from tubelet.redact import redact
 
 LAUNCHERS = {
     "local": ("launch.local", "this machine, through torchrun"),
@@ -80,7 +81,7 @@ def launch(words: Sequence[str]) -> int:
     request = read_request(own[0], words[1:])
     module = importlib.import_module(LAUNCHERS[own[0]][0])
     if request.dry_run:
-        print(module.render(request))
+        print(redact(module.render(request)))  # a URL among the words may hold a token
         return 0
     return module.run(request)
 

@@ -369,3 +369,11 @@ def test_two_launchers_never_start_one_run_together(tmp_path, capsys, monkeypatc
     assert f"process {os.getpid()} on" in said and "still running" in said and "run.take_over=true" in said
     with alone(folder):  # it is free again
         pass
+
+
+def test_a_token_in_a_url_of_the_program_is_not_shown(three, capsys):
+    words = ["--nodes", "2", "--dry-run", *PRETRAIN, "data.train=https://me:geheim12@host/x-{000..009}.tar?sig=geheim34"]
+    for launcher, own in (("hostfile", ["--file", str(three)]), ("k8s", ["--image", "i"])):
+        assert main([launcher, *own, *words]) == 0
+        said = capsys.readouterr().out
+        assert "host/x-{000..009}.tar" in said and "geheim" not in said
