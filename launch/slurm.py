@@ -130,8 +130,10 @@ def _note(request: Request, number: str) -> None:
 def _say(request: Request, number: str) -> None:
     settings, tasks = request.settings, len(request.runs) or request.settings.slurm.array
     where = f"{settings.nodes} node(s) x {settings.tasks_per_node} process(es)" + (f", {tasks} tasks" if tasks else "")
-    print(f"submitted job {number}: {request.program} {request.name}, {where}")
-    output = settings.slurm.output or str(request.launch_folder / f"slurm-{number}{'_*' if tasks else ''}.out")
+    print(f"submitted job {number}: {' '.join(dict.fromkeys([request.program, request.name]))}, {where}")
+    output = settings.slurm.output or str(request.launch_folder / f"slurm-%A{'_%a' if tasks else ''}.out")
+    for pattern, text in (("%A", number), ("%j", "*" if tasks else number), ("%a", "*"), ("%x", request.name)):
+        output = output.replace(pattern, text)
     print(f"  output: tail -F {output}\n  state:  squeue -j {number}")
     if request.training is None:
         print(f"  stop:   scancel {number}")
