@@ -220,8 +220,8 @@ class Run:
 
     @property
     def claim(self) -> Path | None:
-        """The file by which this attempt holds the folder, on every rank; None before it is claimed. The attempt has lost the
-        run once this file is gone (the folder was set aside), or the one of the next number is there."""
+        """The file by which this attempt holds the folder, on every rank; None before it is claimed. The attempt has lost
+        the run once this file is gone (the folder was set aside), or the one of the next number is there."""
         return self.folder.absolute() / "attempts" / f"{self.number:04d}.json" if self.number else None
 
     def end(self, how: str, code: int, **details: Any) -> None:
