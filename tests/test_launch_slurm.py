@@ -1,5 +1,5 @@
 """SLURM without SLURM: what is rendered, and what a script does with stand-ins for SLURM's commands. (The real thing:
-cluster/test_slurm.py; when a job is restarted: test_restarts.py.) With TUBELET_GOLDEN=1 the golden files are written anew."""
+cluster/test_slurm.py; when a job is restarted: test_restarts.py.) TUBELET_GOLDEN=1 writes the golden files anew."""
 
 import os
 import resource
