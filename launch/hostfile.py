@@ -91,7 +91,7 @@ def render(request: Request) -> str:
              "set -euo pipefail", f"mkdir -p {shlex.quote(str(folder))}",
              f": > {shlex.quote(str(orders_path(folder, start)))}",
              f"(umask 077 && cat > {shlex.quote(str(folder / forward.FILE))} <<'END'",
-             *(f"{key}={value}" for key, value in forward.hidden(variables(request)).items()), "END", ")"]
+             *(f"{key}={value}" for key, value in forward.hidden(variables(request, hosts)).items()), "END", ")"]
     if request.settings.seconds is not None:
         end = f"{END}=$(($(date +%s) + {request.settings.seconds}))"
         lines.append(f'echo "{end}" >> {shlex.quote(str(folder / forward.FILE))}')
@@ -106,9 +106,10 @@ def render(request: Request) -> str:
     return "\n".join([*lines, *(f"{shlex.join(command)} {alive}" for command in commands), "wait"])
 
 
-def variables(request: Request) -> dict[str, str]:
-    """What the processes of all hosts get: what travels from here, and what is the job's own."""
-    return {**forward.forwarded(), **environment(request)}
+def variables(request: Request, hosts: Sequence[Host]) -> dict[str, str]:
+    """What the processes of all hosts get: what travels from here, what is the job's own, and by which names the hosts go
+    here (`doctor` names one that does not come)."""
+    return {**forward.forwarded(), **environment(request), "TUBELET_HOSTS": ",".join(host.name for host in hosts)}
 
 
 def run(request: Request) -> int:
@@ -166,7 +167,7 @@ def one_start(request: Request, hosts: Sequence[Host], endpoint: str, restarts: 
     folder, start = request.launch_folder, f"{restarts.job}-{restarts.count}"
     orders = orders_path(folder, start)
     orders.write_text("")
-    path = forward.write(folder, {**variables(request), **restarts.environment()})
+    path = forward.write(folder, {**variables(request, hosts), **restarts.environment()})
     remote.say(f"variables for the hosts are in {path}, for this user alone, until the job ends")
     asked = list[int]()
 

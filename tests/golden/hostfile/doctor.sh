@@ -13,6 +13,7 @@ TORCH_ELASTIC_SHUTDOWN_TIMEOUT=30
 PYTHONUNBUFFERED=1
 TORCH_NCCL_DUMP_ON_TIMEOUT=1
 PYTORCH_ALLOC_CONF=expandable_segments:True
+TUBELET_HOSTS=node1,node2,node3
 END
 )
 ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4 node1 'cd /shared/tubelet && exec /opt/tubelet/bin/python -m launch.node --rank 0 --nodes 3 --processes 8,8,4 --endpoint node1:31647 --id check-0 --env-file /shared/tubelet/runs/.launch/check/.deepspeed_env --orders /shared/tubelet/runs/.launch/check/orders-check-0 --leave-with-stdin -- doctor --quick' < <(tail -f /dev/null --pid=$$) &

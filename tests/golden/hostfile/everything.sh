@@ -15,6 +15,7 @@ TORCH_NCCL_DUMP_ON_TIMEOUT=1
 PYTORCH_ALLOC_CONF=expandable_segments:True
 NCCL_DEBUG=INFO
 WANDB_API_KEY=***
+TUBELET_HOSTS=node1,node2
 END
 )
 echo "TUBELET_END_TIME=$(($(date +%s) + 7200))" >> /shared/tubelet/runs/vit_b16_i21k/launch/.deepspeed_env

@@ -13,6 +13,7 @@ TORCH_ELASTIC_SHUTDOWN_TIMEOUT=30
 PYTHONUNBUFFERED=1
 TORCH_NCCL_DUMP_ON_TIMEOUT=1
 PYTORCH_ALLOC_CONF=expandable_segments:True
+TUBELET_HOSTS=node1,node2
 END
 )
 ssh -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=15 -o ServerAliveCountMax=4 node1 'cd /shared/tubelet && exec /opt/tubelet/bin/python -m launch.node --rank 0 --nodes 2 --processes 8,8 --endpoint node1:26894 --id vit_b16_i21k-0 --env-file /shared/tubelet/runs/vit_b16_i21k/launch/.deepspeed_env --orders /shared/tubelet/runs/vit_b16_i21k/launch/orders-vit_b16_i21k-0 --leave-with-stdin -- pretrain configs/pretrain/vit_b16_i21k.yaml optimizer.lr=1e-3' < <(tail -f /dev/null --pid=$$) &
