@@ -1,7 +1,7 @@
 """Shared by all tests: one thread per process, CPU, reproducible BLAS, nothing from a hub; which tests run; skips.
 
 Slow tests run only when asked for, and so do those of `cluster/`, which start daemons and change the network of this host:
-never unless `-m` or a node id names them. `TUBELET_SLOW_SHARE=0.5 TUBELET_SLOW_SEED=abc` runs a random half of the slow ones.
+never unless `-m` or a node id names them. `TUBELET_SLOW_SHARE=0.5 TUBELET_SLOW_SEED=abc` runs half of the slow ones.
 Under CI a skip that `allowed_skips.txt` does not name fails the run.
 """
 
