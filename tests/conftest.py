@@ -13,6 +13,7 @@ os.environ.setdefault("PYTHONWARNINGS", "ignore::FutureWarning")
 os.environ.setdefault("MPLBACKEND", "Agg")
 
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,17 @@ def pytest_sessionfinish(session):
         print(f"\nskipped: {name}: {why}" + ("" if (name, why) not in unknown else "   NOT in tests/allowed_skips.txt"))
     if unknown and os.environ.get("CI"):
         session.exitstatus = 1
+
+
+@pytest.fixture(autouse=True)
+def signals_as_before():
+    """Programs leave signals ignored when they end, which is right for a process and wrong for the tests after them."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        if handler is not None and signal.getsignal(number) is not handler:
+            signal.signal(number, handler)
 
 
 @pytest.fixture

@@ -6,12 +6,13 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from tubelet.config import Settings, fixed, free, recorded
 from tubelet.errors import RunError, SupersededError
-from tubelet.runs import Run, RunSettings, check_changes, scheduler_job
+from tubelet.runs import Run, RunSettings, _pid_started, check_changes, scheduler_job
 
 
 def make(tmp_path, **kwargs):
@@ -28,6 +29,20 @@ def publish(run, step):
 def edit_last_attempt(run, **changes):
     path = sorted((run.folder / "attempts").glob("[0-9][0-9][0-9][0-9].json"))[-1]
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_a_process_that_ended_and_was_never_waited_for_is_gone(tmp_path):
+    """The first process of many containers waits for none of those that it inherits."""
+    first = make(tmp_path)
+    first.begin(1, "a: 1\n")
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        edit_last_attempt(first, pid=process.pid, pid_started=_pid_started(process.pid))
+        with pytest.raises(RunError, match="still running"):
+            make(tmp_path).begin(1, "")
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # ended, and left as it is
+        assert Path(f"/proc/{process.pid}").exists()
+        make(tmp_path).begin(1, "")
 
 
 def test_a_second_live_job_is_refused_and_may_take_over(tmp_path):

@@ -65,6 +65,7 @@ def pipes():
 
 def failure(tasks, workers=1, **options):
     """(error, seconds until the generator had raised it and ended)"""
+    gc.collect()  # what earlier tests left is not ours
     before, opened = children(), pipes()
     begun = time.monotonic()
     with pytest.raises(DataError) as caught:
@@ -106,6 +107,7 @@ def test_a_worker_that_dies_is_named_with_its_signal_its_sample_and_where_it_cra
 def endless(pipe, how):
     """A program with workers, in a session of its own, that ends in one of several ways."""
     os.setsid()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite that runs in the background ignores it
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # tracebacks are expected
     batches = stream(lambda x: (working_on(x), torch.full((1 << 19,), x), time.sleep(3600 if x == 9 else 0.01))[1],
