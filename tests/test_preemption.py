@@ -284,8 +284,8 @@ def leave_at(config, nproc, condition, number=signal.SIGTERM):
 
 def test_a_signal_while_a_program_starts_ends_it_with_85_or_130_on_all_ranks(tmp_path):
     config, folder = recipe(tmp_path, 3, 50)
-    code, output = leave_at(config, 1, lambda seconds: seconds > 0.5)  # torch is being imported
-    assert code == 85 and "SIGTERM while starting" in output and not folder.exists(), output[-2000:]
+    code, output = leave_at(config, 1, lambda seconds: seconds > 0.5)  # torch is being imported, or not yet
+    assert code == 85 and ("SIGTERM while starting" in output or not output) and not folder.exists(), output[-2000:]
     written = folder / "attempts" / "0001.json"
     code, output = leave_at(config, 2, lambda seconds: written.exists(), signal.SIGINT)  # the model is being built
     assert code == 130 and "SIGINT while starting" in output and "Traceback" not in output, output[-2000:]
