@@ -77,8 +77,8 @@ def scheduler_job(env: Mapping[str, str]) -> tuple[str, int]:
 
 
 def _pid_started(pid: int) -> str:
-    """When a process started, in clock ticks since boot; with the pid it names a process for good. "" when it is gone. One that
-    has ended and that nobody has waited for is gone too: the first process of many containers waits for none."""
+    """When a process started, in clock ticks since boot; with the pid it names a process for good. "" when it is gone. One
+    that has ended and that nobody has waited for is gone too: the first process of many containers waits for none."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         ended = fields[0] in "ZX" and len(os.listdir(f"/proc/{pid}/task")) <= 1  # else other threads still run
