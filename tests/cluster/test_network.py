@@ -58,6 +58,10 @@ class Job:
     def step(self):
         return max(digests(self.folder), default=0)
 
+    def saved(self):
+        """Whether a checkpoint is published: a process of its own writes it while steps go on."""
+        return any(self.folder.glob("step-*/manifest.json"))
+
     def reach(self, condition, timeout=400):
         """Wait until `condition()`; fails when a rank ends before."""
         until = time.monotonic() + timeout
@@ -110,7 +114,7 @@ def names_the_lost(job, lost, seen_by=0):
 def test_a_cut_that_is_mended_before_the_time_out_costs_time_and_nothing_else(network, undisturbed, tmp_path):
     config, folder = recipe(tmp_path, STEPS, EVERY)
     with Job(network, config) as job:
-        job.reach(lambda: job.step() >= EVERY + 3)
+        job.reach(lambda: job.step() >= EVERY + 3 and job.saved())
         network.cut("nodeB")
         time.sleep(1)
         stood = job.step()
@@ -126,7 +130,7 @@ def test_a_cut_for_good_ends_all_ranks_in_time_naming_the_missing_one_and_one_ho
                                                                                                  tmp_path):
     config, folder = recipe(tmp_path, STEPS, EVERY)
     with Job(network, config) as job:
-        job.reach(lambda: job.step() >= EVERY + 3)
+        job.reach(lambda: job.step() >= EVERY + 3 and job.saved())
         network.cut("nodeB")
         assert job.codes(PATIENCE + MARGIN) == [EXIT_LOST, EXIT_LOST]
         assert job.step() < STEPS
@@ -141,7 +145,7 @@ def test_a_cut_for_good_ends_all_ranks_in_time_naming_the_missing_one_and_one_ho
 def test_a_killed_rank_is_named_by_the_other_host_at_once_and_both_go_on(killed, network, undisturbed, tmp_path):
     config, _ = recipe(tmp_path, STEPS, EVERY)
     with Job(network, config) as job:
-        job.reach(lambda: job.step() >= EVERY + 3)
+        job.reach(lambda: job.step() >= EVERY + 3 and job.saved())
         job.ranks[killed].kill()
         codes = job.codes(MARGIN)
         assert codes[killed] == -9 and codes[1 - killed] == EXIT_LOST
@@ -155,7 +159,7 @@ def test_a_cut_during_a_save_ends_in_time_and_the_checkpoint_before_it_is_gone_o
     passed = tmp_path / "passed.txt"
     with Job(network, config, "checkpoint.asynchronous=false",
              env={"TUBELET_FAULTS": "save.shard=1", "TUBELET_FAULTS_LOG": str(passed)}) as job:
-        job.reach(lambda: job.step() > EVERY)
+        job.reach(lambda: job.step() > EVERY and job.saved())
         before = passed.read_text()
         job.reach(lambda: passed.read_text() != before)  # the save of step 2 * EVERY takes another second
         network.cut("nodeB")
@@ -169,7 +173,7 @@ def test_a_cut_during_a_save_ends_in_time_and_the_checkpoint_before_it_is_gone_o
 def test_the_watchdog_ends_a_cut_job_earlier_than_the_collectives_when_it_is_told_to(network, tmp_path):
     config, folder = recipe(tmp_path, STEPS, EVERY)
     with Job(network, config, "timeout_seconds=600", "watch.stall_seconds=8", "watch.exit_seconds=2") as job:
-        job.reach(lambda: job.step() >= EVERY + 3)
+        job.reach(lambda: job.step() >= EVERY + 3 and job.saved())
         network.cut("nodeB")
         assert job.codes(10 + MARGIN) == [EXIT_LOST, EXIT_LOST]
         kept = first_error.read(folder)
