@@ -2,7 +2,7 @@
 
     FOLDER/shards/<hash of URL and content>/<start>-<stop>         a piece: exactly these bytes of the shard
                                             <start>-<stop>.part    one that is being fetched, or was when its process died
-    FOLDER/shards/lock                                             held while room is made
+    FOLDER/shards/lock                                             held while room is made and while a piece gets its name
 
 A piece appears by rename, so it is whole or not there; its size is looked at again when it is opened. Whoever fetches one
 holds a lock on its `.part`, hence two never fetch the same; a `.part` left behind is gone on with where it ends. Readers
@@ -202,7 +202,8 @@ class Cache:
                 return final
             self._fill(handle, url, start, stop, storage, seconds)
             os.fdatasync(handle)  # after a power cut a piece may not be zeros of the right length
-            os.replace(part, final)
+            with self._locked():  # a piece renamed while others count would be seen under neither name
+                os.replace(part, final)
             return final
         except OSError as error:
             raise _disk(self.folder, error) from None

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from types import SimpleNamespace
 
@@ -193,17 +194,38 @@ def _size(path):
 
 
 def _used(cache):
-    """Bytes that the cache's files hold, while its lock keeps others from exchanging one for another; a file that gets its
-    name while the folder is listed is seen twice and counts once."""
-    found = {}
+    """Bytes that the cache's files hold, while its lock keeps pieces from getting their names."""
     with cache._locked():
-        for path in cache.folder.glob("*/*"):
-            try:
-                told = path.stat()
-            except OSError:
-                continue
-            found[told.st_ino] = told.st_size
-    return sum(found.values())
+        return sum(_size(path) for path in cache.folder.glob("*/*"))
+
+
+def test_a_piece_that_is_done_while_room_is_made_is_counted(web, tmp_path, monkeypatch):
+    shards = (source := opened(web, tmp_path)).index.shards
+    cache = Cache(tmp_path / "disk", shards[0].nbytes + shards[2].nbytes // 2, stamps_of([source.index]))
+    filled, listed = threading.Event(), threading.Event()
+    fill, files = cache._fill, cache._files
+
+    def filling(*args):
+        fill(*args)
+        filled.set()
+        listed.wait(10)
+
+    def listing():
+        found = list(files())
+        listed.set()
+        fetching.join(0.5)  # by then it would have renamed its piece, had it not to wait
+        return iter([(path, state) for path, state in found if path.exists()])
+
+    monkeypatch.setattr(cache, "_fill", filling)
+    fetching = threading.Thread(target=cache.fetch, args=(shards[0].url, 0, shards[0].nbytes),
+                                kwargs={"storage": None, "seconds": 5.0})
+    fetching.start()
+    assert filled.wait(10)
+    monkeypatch.setattr(cache, "_files", listing)
+    piece = cache.place(shards[0].url, 0, shards[0].nbytes)
+    assert not cache.make_room(shards[2].nbytes, keep={piece})
+    fetching.join(10)
+    assert _used(cache) == piece.stat().st_size == shards[0].nbytes
 
 
 def test_a_cache_too_small_for_the_open_windows_keeps_those_in_use(web, tmp_path, caplog):
