@@ -70,14 +70,18 @@ def read_jsonl(path: str | Path) -> list[dict[str, Any]]:
     """The rows of a JSON-lines file; a missing file is empty. A line that a kill has cut, or that is no mapping, is left
     out: the next start writes on behind it."""
     try:
-        lines = Path(path).read_text(errors="replace").splitlines()
+        return parse_jsonl(Path(path).read_text(errors="replace"))
     except FileNotFoundError:
         return []
+
+
+def parse_jsonl(text: str | bytes) -> list[dict[str, Any]]:
+    """The rows of some lines of a JSON-lines file; what is no mapping, or was cut, is left out."""
     rows = []
-    for line in lines:
+    for line in text.splitlines():
         try:
             row = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(row, dict):
             rows.append(row)

@@ -20,18 +20,17 @@ from torch import nn
 from tubelet.dist import World
 from tubelet.engine.batch_norm import average_statistics
 from tubelet.engine.blocks import blocks_of
-from tubelet.engine.layout import Layout
 from tubelet.engine.optim import build_optimizer, parameter_groups, set_learning_rate
 from tubelet.engine.precision import check_precision
-from tubelet.engine.protocol import Flat, StepResult
+from tubelet.engine.protocol import StepResult
 from tubelet.engine.settings import EngineSettings
 from tubelet.engine.zero.deepspeed_config import derive
-from tubelet.engine.zero.shards import Shards
+from tubelet.engine.zero.shards import InShards, Shards
 
 _joined: Any = None  # the process group that DeepSpeed's module-level state belongs to
 
 
-class ZeroEngine:
+class ZeroEngine(InShards):
     """`Engine` on DeepSpeed. All ranks build it, after `tubelet.dist.start`; the module moves to `device`."""
 
     kind = "zero"
@@ -82,34 +81,6 @@ class ZeroEngine:
         return StepResult(applied=self.deepspeed.was_step_applied(), grad_norm=norm)  # type: ignore[arg-type]
 
     # ------------------------------------------------------------------------------------------------- shards
-
-    def flats(self) -> list[Flat]:
-        return self._shards.flats()
-
-    def layout(self) -> Layout:
-        return self._shards.layout
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return dict(self._shapes)
-
-    def frozen(self) -> dict[str, torch.Tensor]:
-        """In bf16 runs these values have the digits of bf16 only: there is no master of what is not trained."""
-        return {name: self._shards.read_frozen(param) for name, param in self._frozen()}
-
-    def load_frozen(self, values: dict[str, torch.Tensor]) -> None:
-        self._shards.begin_load()
-        for name, param in self._frozen():
-            self._shards.write_frozen(param, values[name])
-        self._shards.refresh()
-
-    def _frozen(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, param) for name, param in self.module.named_parameters() if name not in self._shapes]
-
-    def begin_load(self) -> None:
-        self._shards.begin_load()
-
-    def refresh(self) -> None:
-        self._shards.refresh()
 
     def full_state_dict(self) -> Iterator[tuple[str, torch.Tensor | None]]:
         average_statistics(self.module)

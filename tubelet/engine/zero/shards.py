@@ -153,3 +153,40 @@ class Shards:
             else:
                 value = self.read_frozen(tensor)
                 yield name, value if self.rank == 0 else None
+
+
+class InShards:
+    """What every engine around DeepSpeed's optimizer answers from its shards, ours and a stock one alike. Its class sets
+    `module`, `_shards`, and `_shapes` (of what is trained, by name)."""
+
+    module: nn.Module
+    _shards: Shards
+    _shapes: dict[str, tuple[int, ...]]
+
+    def flats(self) -> list[Flat]:
+        return self._shards.flats()
+
+    def layout(self) -> Layout:
+        return self._shards.layout
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return dict(self._shapes)
+
+    def frozen(self) -> dict[str, torch.Tensor]:
+        """In bf16 runs these values have the digits of bf16 only: there is no master of what is not trained."""
+        return {name: self._shards.read_frozen(param) for name, param in self._frozen()}
+
+    def load_frozen(self, values: dict[str, torch.Tensor]) -> None:
+        self._shards.begin_load()
+        for name, param in self._frozen():
+            self._shards.write_frozen(param, values[name])
+        self._shards.refresh()
+
+    def _frozen(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, param) for name, param in self.module.named_parameters() if name not in self._shapes]
+
+    def begin_load(self) -> None:
+        self._shards.begin_load()
+
+    def refresh(self) -> None:
+        self._shards.refresh()

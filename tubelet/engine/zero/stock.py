@@ -34,10 +34,8 @@ from tubelet.engine.checkpoint import place
 from tubelet.engine.checkpoint.folder import verify
 from tubelet.engine.checkpoint.format import BUFFERS
 from tubelet.engine.checkpoint.load import Source, restore
-from tubelet.engine.layout import Layout
-from tubelet.engine.protocol import Flat
 from tubelet.engine.zero.engine import _initialize
-from tubelet.engine.zero.shards import Shards
+from tubelet.engine.zero.shards import InShards, Shards
 from tubelet.errors import CheckpointError, TubeletError
 
 OPTIMIZERS = ("AdamW", "Lion", "SGDW")
@@ -185,7 +183,7 @@ def main(order: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------- the engine
 
 
-class StockEngine:
+class StockEngine(InShards):
     """DeepSpeed's engine as anybody builds it, with as much of `Engine` as `restore` needs. All ranks build one."""
 
     kind, replicated = "zero", False
@@ -213,33 +211,6 @@ class StockEngine:
         self.deepspeed.global_steps = self.deepspeed.micro_steps = manifest["step"]
         self.deepspeed.global_samples = int(manifest.get("samples") or 0)
         self.deepspeed.skipped_steps = int(state.get("skipped_steps") or 0)
-
-    def flats(self) -> list[Flat]:
-        return self._shards.flats()
-
-    def layout(self) -> Layout:
-        return self._shards.layout
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        return dict(self._shapes)
-
-    def frozen(self) -> dict[str, torch.Tensor]:
-        return {name: self._shards.read_frozen(param) for name, param in self._frozen()}
-
-    def load_frozen(self, values: dict[str, torch.Tensor]) -> None:
-        self._shards.begin_load()
-        for name, param in self._frozen():
-            self._shards.write_frozen(param, values[name])
-        self._shards.refresh()
-
-    def _frozen(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, param) for name, param in self.module.named_parameters() if name not in self._shapes]
-
-    def begin_load(self) -> None:
-        self._shards.begin_load()
-
-    def refresh(self) -> None:
-        self._shards.refresh()
 
 
 def skeleton(source: Source) -> nn.Module:

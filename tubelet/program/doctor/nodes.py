@@ -10,9 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil
-
-from tubelet import dist
+from tubelet import dist, network
 from tubelet.meeting import named
 
 _NUMBER = ("GROUP_RANK", "NODE_RANK", "SLURM_NODEID")  # torchrun's, ours and others', SLURM's
@@ -45,25 +43,20 @@ def identity(env: Mapping[str, str] = os.environ) -> list[str]:
     number = next((env[name] for name in _NUMBER if env.get(name, "").isdigit()), "")
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        network = os.readlink("/proc/self/ns/net")
+        space = os.readlink("/proc/self/ns/net")
     except OSError:  # not Linux
-        boot = network = ""
-    return [socket.gethostname(), boot, network, number]
+        boot = space = ""
+    return [socket.gethostname(), boot, space, number]
 
 
 def own_address(env: Mapping[str, str] = os.environ) -> tuple[str, str]:
     """(address, interface) that gloo offers to other nodes: that of GLOO_SOCKET_IFNAME, else what the host's own name
     stands for. "" when there is none."""
     wanted = [name for name in env.get("GLOO_SOCKET_IFNAME", "").split(",") if name]
-    cards = {name: [item.address for item in items if item.family == socket.AF_INET]
-             for name, items in psutil.net_if_addrs().items()}
     if wanted:  # all of them must be there
-        return (cards[wanted[0]][0] if cards.get(wanted[0]) else ""), wanted[0]
-    try:
-        address = socket.gethostbyname(socket.gethostname())
-    except OSError:
-        return "", ""
-    return address, next((name for name, addresses in cards.items() if address in addresses), "")
+        return network.address_of(wanted[0]), wanted[0]
+    address = network.own_address()
+    return address, network.card_of(address) if address else ""
 
 
 def unknown_cards(env: Mapping[str, str], cards: Sequence[str]) -> list[str]:

@@ -23,6 +23,7 @@ import yaml
 
 from tubelet.config import parse_yaml
 from tubelet.errors import ConfigError
+from tubelet.files import parse_jsonl
 
 PIECE = 1 << 14
 """Bytes of the end of a file that are read first: about 25 rows of metrics."""
@@ -31,17 +32,6 @@ Row = dict[str, Any]
 
 
 # ----------------------------------------------------------------------------------------------------- JSON lines
-
-
-def parse_rows(text: bytes) -> list[Row]:
-    """The rows of some lines of a JSON-lines file; a line that a kill has cut is left out."""
-    found = []
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError, RecursionError):
-            row = json.loads(line)
-            if isinstance(row, dict):
-                found.append(row)
-    return found
 
 
 @dataclass
@@ -65,7 +55,7 @@ def read_tail(path: Path, enough: Callable[[list[Row]], bool] = bool) -> Tail:
                 file.seek(start)
                 text = file.read(found.st_size - start)
                 whole = text[:text.rfind(b"\n") + 1]  # the last line may be being written
-                rows = parse_rows(whole[whole.find(b"\n") + 1:] if start else whole)
+                rows = parse_jsonl(whole[whole.find(b"\n") + 1:] if start else whole)
                 if enough(rows) or not start:
                     return Tail(rows, start + len(whole), found.st_ino)
                 piece *= 4

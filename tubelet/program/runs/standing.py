@@ -16,6 +16,7 @@ from typing import Any
 from tubelet import first_error
 from tubelet.engine.goodput import Report, records, report
 from tubelet.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_SUPERSEDED, RunError, nearest
+from tubelet.files import read_jsonl
 from tubelet.program.runs import reading
 from tubelet.program.runs.reading import Checkpoint, Row
 from tubelet.redact import redact
@@ -324,10 +325,7 @@ def without_progress(run: Run, attempts: list[Attempt], checkpoint: Checkpoint |
 
 def read_events(folder: Path) -> list[Row]:
     """All events of a run, oldest first."""
-    try:
-        return reading.parse_rows((folder / "events.jsonl").read_bytes())
-    except FileNotFoundError:
-        return []
+    return read_jsonl(folder / "events.jsonl")
 
 
 def as_json(value: Any) -> str:

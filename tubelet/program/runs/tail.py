@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from tubelet.files import parse_jsonl
 from tubelet.program.runs import reading
 from tubelet.program.runs.reading import Row
 from tubelet.program.runs.standing import SETTINGS, standing, total_steps
@@ -41,7 +42,7 @@ class Follower:
             return []
         text = text[:text.rfind(b"\n") + 1]
         self.offset += len(text)
-        rows = reading.parse_rows(text)
+        rows = parse_jsonl(text)
         if anew:  # it begins with rows that were there before
             rows = [row for row in rows if (reading.time_of(row) or 0.0) > self.newest]
         self.newest = max([self.newest, *(reading.time_of(row) or 0.0 for row in rows)])
