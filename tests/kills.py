@@ -152,7 +152,7 @@ def live(rank, size, engine, stage, port, run_folder, plan, says, asynchronous):
         zero={"stage": stage}, precision="fp32", clip_grad=None, ema={"decay": 0.8}, total_steps=STEPS,
         save_every=SAVE_EVERY, keep_last=KEEP_LAST, log_every=5, digest=True, log={"tensorboard": False},
         checkpoint={"asynchronous": asynchronous})
-    device = dist.start(world, timeout_seconds=60, control_timeout_seconds=60)
+    device = dist.start(world, timeout_seconds=60, start_timeout_seconds=60)
     run = runs.Run(settings.run)
     dist.together(lambda: run.begin(size, "kill test\n") if rank == 0 else None)
     beginning, _ = decide_beginning(settings, run, M)

@@ -179,6 +179,15 @@ def test_messages_of_nccl_gloo_and_the_store_are_understood(message):
     assert MESSAGES[message] in str(explanation(kind(message), meeting))
 
 
+def test_waiting_in_vain_while_starting_names_its_own_setting():
+    from tubelet.meeting import Meeting, explanation
+
+    error = RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:133] Timed out waiting 90000ms for recv operation to complete")
+    text = str(explanation(error, Meeting({"": 90, "train": 600})))
+    assert "timed out after 90 s while starting or ending (start_timeout_seconds=90)" in text, text
+    assert "a higher start_timeout_seconds" in text
+
+
 def test_other_errors_are_left_alone():
     for error in (RuntimeError("CUDA out of memory"), RuntimeError("timed out reading a shard"), DataError("gloo timed out"),
                   ValueError("gloo: Connection closed by peer [1.2.3.4]:5"), OSError("Connection reset by peer")):

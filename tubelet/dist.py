@@ -71,13 +71,19 @@ def _first(env: Mapping[str, str], names: tuple[str, ...]) -> int | None:
     return None
 
 
-def _first_slurm_host(nodes: str) -> str:
+def slurm_hosts(nodes: str) -> list[str]:
+    """Host names of a list as SLURM writes it (`n[1-4]`), in its order; empty where scontrol is not there or fails."""
     try:
         listed = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, timeout=20)
-        if listed.returncode == 0 and listed.stdout.split():
-            return listed.stdout.split()[0]
     except (OSError, subprocess.SubprocessError):
-        pass
+        return []
+    return listed.stdout.split() if listed.returncode == 0 else []
+
+
+def _first_slurm_host(nodes: str) -> str:
+    hosts = slurm_hosts(nodes)
+    if hosts:
+        return hosts[0]
     head = nodes.split(",")[0]
     if "[" not in head:
         return head
@@ -125,13 +131,13 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(world: World, timeout_seconds: float = 600, control_timeout_seconds: float = 7200, *,
+def start(world: World, timeout_seconds: float = 600, start_timeout_seconds: float = 3600, *,
           save_timeout_seconds: float = 3600, eval_timeout_seconds: float = 3600) -> torch.device:
     """Join the process group (all ranks call it) and return this rank's device. Also sets what DeepSpeed reads.
 
     A single process gets a group of one, so that every engine runs the same code at any world size. The time-outs are those
-    of collectives, in seconds: of gradients, of the control group outside of any `patience`, and inside those of saving and
-    evaluating.
+    of collectives, in seconds: of gradients, of the control group when starting and ending (outside of any `patience`), and
+    inside those of saving and evaluating.
     """
     global _control, _meeting
     import torch
@@ -162,8 +168,8 @@ def start(world: World, timeout_seconds: float = 600, control_timeout_seconds: f
     if not dist.is_initialized():
         dist.init_process_group("nccl" if cuda else "gloo", rank=world.rank, world_size=world.size, store=store,
                                 timeout=timedelta(seconds=timeout_seconds), device_id=device if cuda else None)
-    _control = dist.new_group(backend="gloo", timeout=timedelta(seconds=control_timeout_seconds))
-    _meeting = Meeting({"": control_timeout_seconds, "train": timeout_seconds, "save": save_timeout_seconds,
+    _control = dist.new_group(backend="gloo", timeout=timedelta(seconds=start_timeout_seconds))
+    _meeting = Meeting({"": start_timeout_seconds, "train": timeout_seconds, "save": save_timeout_seconds,
                          "evaluate": eval_timeout_seconds})
     _meeting.hosts = gather(_own_host())
     return device

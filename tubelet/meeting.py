@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from tubelet.errors import LateError, LostError, TubeletError
 
 DOING = {"": "starting or ending", "train": "training", "save": "saving or restoring", "evaluate": "evaluating"}
-"""What a rank may be doing, as `dist.patience` calls it; "" = outside of any, where ranks wait for hours if need be."""
-SETTINGS = {"train": "timeout_seconds", "save": "save_timeout_seconds", "evaluate": "eval_timeout_seconds"}
+"""What a rank may be doing, as `dist.patience` calls it; "" = outside of any."""
+SETTINGS = {"": "start_timeout_seconds", "train": "timeout_seconds", "save": "save_timeout_seconds",
+            "evaluate": "eval_timeout_seconds"}
 """The setting of each one's time-out."""
 MARK = "tubelet_was_doing"
 """Attribute of an error: what of `DOING` it ended."""

@@ -18,7 +18,7 @@ NODES = ("nodeA", "nodeB")
 PATIENCE, MARGIN = 25, 60
 """Seconds: the time-outs of collectives; what a rank may take on top of them on a busy machine."""
 SETTINGS = ("zero.stage=1", f"timeout_seconds={PATIENCE}", f"save_timeout_seconds={PATIENCE}",
-            f"eval_timeout_seconds={PATIENCE}", "watch.heartbeat_seconds=1")
+            f"eval_timeout_seconds={PATIENCE}", f"start_timeout_seconds={PATIENCE + MARGIN}", "watch.heartbeat_seconds=1")
 
 
 @pytest.fixture(scope="module")

@@ -238,6 +238,8 @@ class EngineSettings(Settings):
     """How long before the job's end to begin leaving, beside what a save has taken so far."""
     timeout_seconds: float = free(600.0, gt=0)
     """Collective time-out of training."""
+    start_timeout_seconds: float = free(3600.0, gt=0)
+    """Collective time-out of starting and ending: how long ranks wait for one that builds an index or reads weights."""
     save_timeout_seconds: float = free(3600.0, gt=0)
     """Collective time-out of saving and restoring."""
     eval_timeout_seconds: float = free(3600.0, gt=0)

@@ -372,7 +372,7 @@ class Trainer:
             dist.mark_waits(self.phases("wait"))
             stack.enter_context(Watchdog(
                 self.phases, settings.watch, self.world, folder=self.run.folder, event=self.run.event, lost=self.lost,
-                limits={"start": max(limits, share * settings.save_timeout_seconds),
+                limits={"start": max(limits, share * settings.start_timeout_seconds),
                         "restore": share * settings.save_timeout_seconds, "save": share * settings.save_timeout_seconds,
                         "evaluate": share * settings.eval_timeout_seconds}))
             stack.enter_context(dist.patience("train"))

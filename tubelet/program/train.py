@@ -46,7 +46,8 @@ def train(loaded: Loaded[P], world: dist.World, stop: StopFlag) -> dict[str, flo
     said = redact(loaded.as_yaml())  # URLs of shards may be signed; what is printed and saved is read by others
     run = Run(settings.run)
     try:
-        device = dist.start(world, settings.timeout_seconds, save_timeout_seconds=settings.save_timeout_seconds,
+        device = dist.start(world, settings.timeout_seconds, settings.start_timeout_seconds,
+                            save_timeout_seconds=settings.save_timeout_seconds,
                             eval_timeout_seconds=settings.eval_timeout_seconds)
     except Exception as error:
         setattr(error, OWN, True)

@@ -106,16 +106,10 @@ def rank_labels(nodes: Sequence[Node]) -> dict[int, str]:
 
 def expected_hosts(world: dist.World, env: Mapping[str, str] = os.environ) -> list[str]:
     """Host names by node as the launcher says them: TUBELET_HOSTS (between commas or white space), or SLURM's list."""
-    from shutil import which
-    from subprocess import run
-
     if env.get("TUBELET_HOSTS"):
         return env["TUBELET_HOSTS"].replace(",", " ").split()
     listed = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
-    if listed and which("scontrol"):
-        done = run(["scontrol", "show", "hostnames", listed], capture_output=True, text=True, timeout=20)
-        return done.stdout.split()
-    return []
+    return dist.slurm_hosts(listed) if listed else []
 
 
 def name_missing(world: dist.World, missing: Sequence[int], nodes: Sequence[Node],
