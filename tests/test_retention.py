@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+from typing import Any
 
 import pytest
 from little_run import resumed, trainers
@@ -12,6 +14,8 @@ from tubelet.engine import checkpoint
 from tubelet.engine.checkpoint import folder as folders
 from tubelet.engine.checkpoint import verifying
 from tubelet.engine.checkpoint.folder import prunable, read_best, set_rolled_back, write_best
+from tubelet.engine.checkpoint.kept import kept_checkpoints
+from tubelet.engine.settings import EngineSettings
 from tubelet.errors import CheckpointError, SupersededError
 
 
@@ -190,3 +194,29 @@ def test_checkpoints_are_read_whole_once_a_process(run, monkeypatch):
     assert steps(checkpoint.prune(run, keep_last=2)) == [7] and not read, "known ones, and one written here"
     damage(run, 9)  # sizes are looked at all the same
     assert checkpoint.prune(run, keep_last=1) == [] and left(run) == [8, 9]
+
+
+def test_the_number_of_checkpoints_on_the_disk_is_known_before_a_run(tmp_path, one_thread):
+    """Against the pruning of a run that saves every 2 steps; milestones among the newest are counted twice."""
+    def engine_settings(**more):
+        return EngineSettings.model_validate({"global_batch_size": 4, "save_every": 2, **more,
+                                              "optimizer": {"name": "adamw", "lr": 1e-3}})
+
+    rules: list[Any] = [{"keep_last": 2}, {"keep_last": 2, "keep_every": 4}, {"keep_last": 1, "keep_every": 3},
+                        {"keep_last": 1, "keep_every": 2, "keep_milestones": 3}]
+    made = tmp_path / "made"
+    save_steps(made, World(), *range(2, 21, 2))
+    for number, rule in enumerate(rules):
+        most, run = 0, tmp_path / str(number)
+        run.mkdir()
+        for folder in sorted(made.glob("step-*")):
+            shutil.copytree(folder, run / folder.name)
+            most = max(most, len(left(run)))
+            checkpoint.prune(run, **rule)
+        twice = sum(step % rule.get("keep_every", 99) == 0 for step in left(run)[-rule["keep_last"] - 1:])
+        assert most <= kept_checkpoints(engine_settings(**rule), 20).count <= most + twice, rule
+    best = kept_checkpoints(engine_settings(keep_last=3, keep_every=5, checkpoint={"best": {}}), 20)
+    assert best.count == 3 + 4 + 1 + 1 and "4 of keep_every=5" in best.why and "the best" in best.why
+    unknown = kept_checkpoints(engine_settings(keep_every=5), None)
+    assert not unknown.complete and unknown.count == 3 + 1 and "not counted" in unknown.why
+    assert kept_checkpoints(engine_settings(keep_every=5, keep_milestones=2), None).count == 3 + 2 + 1
