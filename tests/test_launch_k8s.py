@@ -1,7 +1,6 @@
 """`launch k8s`: the document is what the API takes, by the models of the official client and by JobSet's own fields, and
 says what the job needs. (Rendered, not run: there is no cluster here.)"""
 
-import os
 import re
 import sys
 from datetime import datetime
@@ -9,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from golden_files import FOLDER, is_golden
 from kubernetes import client
 from programs import recipe
 
@@ -16,7 +16,7 @@ from launch.__main__ import main
 from launch.k8s import RULES, SIGNALS, job_name
 from tubelet.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_PREEMPTED, EXIT_SUPERSEDED
 
-GOLDEN = Path(__file__).parent / "golden" / "k8s"
+GOLDEN = FOLDER / "k8s"
 ROOT = Path(__file__).parent.parent
 PRETRAIN = ["--", "pretrain", "configs/pretrain/vit_b16_i21k.yaml", "optimizer.lr=1e-3"]
 CASES = {
@@ -91,13 +91,9 @@ def rendered(capsys, *words):
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_yaml_is_the_golden_one_and_has_no_field_that_the_api_does_not_know(name, capsys, monkeypatch):
-    anew = os.environ.get("TUBELET_GOLDEN")
     monkeypatch.chdir(ROOT)
     text = rendered(capsys, *CASES[name])
-    path = GOLDEN / f"{name}.yaml"
-    if anew:
-        path.write_text(text)
-    assert text == path.read_text()
+    is_golden(text, f"k8s/{name}.yaml")
     (document,) = yaml.safe_load_all(text)
     checked(document, "JobSet")
 

