@@ -286,9 +286,9 @@ def check_sizes(infos: Sequence[ShardInfo], storage: Storage | None = None, tags
     """Every shard that vanished or whose size is not the one in the index, as problems (none: all is well). Fills `tags`
     with those of remote shards."""
     problems = Problems(DataError, "Shards are not what their index says:")
-    gone = [info for info in infos if not is_remote(info.url) and not os.path.exists(info.url)]
-    problems.items += missing(info.url for info in gone)
-    for info, found in _stats([info for info in infos if info not in gone] if gone else infos, storage):
+    gone = {info.url for info in infos if not is_remote(info.url) and not os.path.exists(info.url)}
+    problems.items += missing(info.url for info in infos if info.url in gone)
+    for info, found in _stats([info for info in infos if info.url not in gone], storage):
         if isinstance(found, DataError):
             problems.items.append(found)
         elif found.size != info.nbytes:

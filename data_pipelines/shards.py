@@ -8,6 +8,7 @@ shards its `index.json` lists, in that order, or without one for its `*.tar` fil
 
 from __future__ import annotations
 
+import bisect
 import json
 import os
 from collections import Counter
@@ -20,6 +21,7 @@ from data_pipelines.once import cache_folder
 from tubelet.errors import DataError, Problems, nearest
 
 INDEX_NAME = "index.json"
+_NAMED = 5  # missing shards of one folder that an error names
 _NOT_SHARDS = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".npz", ".yaml", ".yml", ".jpg", ".jpeg",
                ".png", ".mp4", ".idx")
 
@@ -164,25 +166,30 @@ def read_index_json(content: str | Path | bytes, name: str = "") -> dict[str, An
 
 
 def missing(urls: Iterable[str]) -> list[DataError]:
-    """One error per local shard that does not exist, with the names nearest to it."""
+    """Errors for the local shards that do not exist. Of each folder the first few are named, with the names nearest to
+    them, and the rest counted: a data set that moved has many, and the hundredth says no more than the first."""
     found = []
-    listings: dict[str, list[str]] = {}
-    for url in urls:
-        if is_remote(url) or os.path.exists(url):
+    for folder, gone in by_folder([url for url in urls if not is_remote(url) and not os.path.exists(url)]).items():
+        if not os.path.isdir(folder):
+            more = f" ({len(gone)} shards are looked for there)" if len(gone) > 1 else ""
+            found.append(DataError(f"{gone[0]} does not exist: there is no folder {folder}{more}.", "check the path"))
             continue
-        folder = folder_of(url)
-        if folder not in listings:
-            names = os.listdir(folder) if os.path.isdir(folder) else None
-            listings[folder] = sorted(n for n in names if n.endswith(".tar")) if names is not None else ["?"]
-        known = listings[folder]
-        if known == ["?"]:
-            found.append(DataError(f"{url} does not exist: there is no folder {folder}.", "check the path"))
-            continue
-        close = nearest(base_name(url), known, 3)
-        hint = (f"one of {', '.join(close)} in {folder}" if close else
-                f"{folder} holds {known[0]} ... {known[-1]}" if known else f"{folder} holds no .tar files")
-        found.append(DataError(f"{url} does not exist.", hint))
+        known = sorted(name for name in os.listdir(folder) if name.endswith(".tar"))
+        for url in gone[:_NAMED]:
+            close = nearest(base_name(url), _around(known, base_name(url)), 3)
+            hint = (f"one of {', '.join(close)} in {folder}" if close else
+                    f"{folder} holds {known[0]} ... {known[-1]}" if known else f"{folder} holds no .tar files")
+            found.append(DataError(f"{url} does not exist.", hint))
+        if len(gone) > _NAMED:
+            found.append(DataError(f"{len(gone) - _NAMED} more shards of {folder} do not exist, to {gone[-1]}.",
+                                   f"the folder holds {len(known)} .tar files"))
     return found
+
+
+def _around(known: list[str], name: str) -> list[str]:
+    """Of very many sorted names those near `name`: comparing a name with another takes some 20 us."""
+    at = bisect.bisect(known, name)
+    return known if len(known) <= 1000 else known[max(0, at - 500):at + 500]
 
 
 def by_folder(urls: Sequence[str]) -> dict[str, list[str]]:

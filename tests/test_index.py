@@ -24,7 +24,7 @@ from data_pipelines.indexing import build_index, cached_folder
 from data_pipelines.once import build_once
 from data_pipelines.scan import scan_shard
 from data_pipelines.settings import SourceSettings
-from data_pipelines.shards import expand
+from data_pipelines.shards import expand, missing
 from tubelet.cli import main as door
 from tubelet.dist import World
 from tubelet.errors import DataError
@@ -201,6 +201,17 @@ def test_vanished_and_resized_shards_are_all_named_at_the_start(tmp_path):
     assert "shard-0005.tar does not exist" in text and "no folder" in text and "one of shard-0004.tar" in text
     many = World(rank=3, size=8, local_rank=0)
     assert len(open_source(SourceSettings(shards=f"{tmp_path}/cache/shard-0003.tar"), world=many)) == 2
+
+
+def test_of_many_missing_shards_a_few_are_named_and_the_rest_counted(tmp_path):
+    (tmp_path / "there").mkdir()
+    for number in range(2):
+        (tmp_path / f"there/shard-{number:04d}.tar").touch()
+    urls = [f"{tmp_path}/{folder}/shard-{number:04d}.tar" for folder in ("there", "moved") for number in range(12)]
+    found = [str(error) for error in missing(urls)]
+    assert len(found) == 7 and "shard-0002.tar does not exist" in found[0] and "one of shard-0001.tar" in found[0]
+    assert "5 more shards" in found[5] and "shard-0011.tar" in found[5] and "holds 2 .tar files" in found[5]
+    assert "no folder" in found[6] and "12 shards are looked for there" in found[6]
 
 
 def test_a_truncated_shard_is_refused_wherever_it_is_cut(tmp_path):
