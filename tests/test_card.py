@@ -9,7 +9,7 @@ from PIL import Image
 
 from tubelet import files
 from tubelet.engine import card
-from tubelet.engine.card import CardFacts, write_card
+from tubelet.engine.card import CardFacts, last_results, write_card
 from tubelet.engine.curves import Curves, binned, draw_curves, read_curves, smoothed
 from tubelet.engine.goodput import Record, report
 from tubelet.runs import Run, RunSettings
@@ -68,6 +68,28 @@ def test_the_card_says_what_was_run_and_how_it_went(tmp_path, monkeypatch):
     assert "preempted at step 1,000 (exit code 85)" in starts[2] and "| running |" in starts[3]
     assert run.attempt.commit in section(text, "Code") and "| torch | " in section(text, "Code")
     assert "lr: 0.001" in section(text, "Configuration") and "<details>" in section(text, "Configuration")
+
+
+def test_what_an_earlier_start_measured_stays_on_the_card_of_one_that_has_not_evaluated_yet(tmp_path):
+    run = begun(tmp_path, 2)
+    with_curves(run)
+    for final in (False, True):  # the start goes on from step 2000; and it ends there, because that was the last step
+        assert write_card(run, FACTS, step=2000, results={}, final=final)
+        results = section((run.folder / "README.md").read_text(), "Results")
+        assert "| `val/acc1` | 65.0000 | 70.0000 |" in results and "| `val/loss` | 2.0000 | 2.0000 |" in results
+    assert write_card(run, FACTS, step=1999)  # as of a step that the last evaluation came after
+    assert "| `val/acc1` | 70.0000 | 70.0000 |" in section((run.folder / "README.md").read_text(), "Results")
+
+
+def test_the_last_evaluation_of_a_run_is_found_whichever_start_made_it(tmp_path):
+    run = begun(tmp_path)
+    assert last_results(run.folder, 2000) == {}
+    with_curves(run)
+    assert last_results(run.folder, 2000) == last_results(run.folder, 9999) == {"val/acc1": 65.0, "val/loss": 2.0}
+    assert last_results(run.folder, 1999) == {"val/acc1": 70.0, "val/loss": 2.0} and last_results(run.folder, 499) == {}
+    files.append_jsonl(run.folder / "metrics.jsonl", [{"step": 2100, "val/loss": float("nan"), "val/acc1": 1.0}])
+    found = last_results(run.folder, 2100)  # all of it, as the evaluation gave it
+    assert set(found) == {"val/loss", "val/acc1"} and found["val/loss"] != found["val/loss"]
 
 
 def test_no_secret_is_on_the_card(tmp_path, monkeypatch):

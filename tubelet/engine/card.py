@@ -48,11 +48,13 @@ class CardFacts:
 
 def write_card(run: Run, facts: CardFacts, *, step: int, results: Mapping[str, float] | None = None,
                goodput: Report | None = None, final: bool = False) -> bool:
-    """Write the card as of `step`; `results` are the latest evaluation. Rank 0 only. Returns False when it could not."""
+    """Write the card as of `step`; `results` are the latest evaluation. A start that has not evaluated yet has none: what an
+    earlier one measured stays on the card then. Rank 0 only. Returns False when it could not."""
     try:
-        curves = read_curves(run.folder / "metrics.jsonl")
+        curves = read_curves(run.folder / "metrics.jsonl", until=step)
         plots = _plots(run.folder, curves, facts.unit, final)
-        text = card_text(run, facts, step=step, results=results or {}, goodput=goodput, curves=curves, plots=plots)
+        text = card_text(run, facts, step=step, results=results or curves.results, goodput=goodput, curves=curves,
+                         plots=plots)
         files.write_atomic(run.folder / "README.md", redact(text))
     except Exception as error:
         if run.folder not in _warned:
@@ -60,6 +62,11 @@ def write_card(run: Run, facts: CardFacts, *, step: int, results: Mapping[str, f
             print(f"warning: the run card could not be written: {redact(f'{type(error).__name__}: {error}')}", flush=True)
         return False
     return True
+
+
+def last_results(run_folder: Path, step: int) -> dict[str, float]:
+    """The last evaluation of a run at or before `step`, whichever of its starts made it; {} when there was none."""
+    return read_curves(run_folder / "metrics.jsonl", until=step).results
 
 
 _warned: set[Path] = set()

@@ -28,6 +28,9 @@ class Curves:
 
     rows: list[dict[str, Any]] = field(default_factory=list)
     evaluation: dict[str, Points] = field(default_factory=dict)
+    """Finite values alone: others cannot be drawn."""
+    results: dict[str, float] = field(default_factory=dict)
+    """The newest evaluation as it was written, whatever its values."""
 
     @property
     def steps(self) -> list[int]:
@@ -44,16 +47,19 @@ class Curves:
         return [self.rows[number] for number in picked]
 
 
-def read_curves(path: Path) -> Curves:
-    """The curves in a `metrics.jsonl`; no rows when there is none. Takes about 10 us a row."""
+def read_curves(path: Path, until: int | None = None) -> Curves:
+    """The curves in a `metrics.jsonl`, up to step `until`; no rows when there is none. Takes about 10 us a row."""
     found = Curves()
     for row in files.read_jsonl(path):
-        if not isinstance(row.get("step"), int):
+        if not isinstance(row.get("step"), int) or (until is not None and row["step"] > until):
             continue
         if isinstance(row.get("train/loss"), (int, float)):
             found.rows.append(row)
-        for name, value in row.items():
-            if _MARK.match(name) and isinstance(value, (int, float)) and math.isfinite(value):
+        results = {name: float(value) for name, value in row.items()
+                   if _MARK.match(name) and isinstance(value, (int, float))}
+        found.results = results or found.results
+        for name, value in results.items():
+            if math.isfinite(value):
                 found.evaluation.setdefault(name, []).append((row["step"], value))
     return found
 
