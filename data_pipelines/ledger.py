@@ -9,6 +9,7 @@ totals of a job, by source and kind of damage. Evaluation counts with a ledger w
 from __future__ import annotations
 
 import json
+import logging
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from typing import Any
 from tubelet import dist
 from tubelet.errors import DataError
 from tubelet.files import append_jsonl, read_jsonl, write_atomic
+
+log = logging.getLogger(__name__)
 
 ENOUGH = 10  # bad samples below this number stop nothing: a small run would stop at its first one
 KINDS = 100  # (source, kind of damage) pairs that a rank keeps apart; a job has a handful
@@ -42,6 +45,7 @@ class Ledger:
         self._waiting: list[dict[str, Any]] = []  # consumed, not written yet
         self._kinds: dict[tuple[str, str], _Kind] = {}
         self._seen = 0  # at the last audit
+        self._failed = False  # the last writing
 
     def add(self, rows: Iterable[dict[str, Any]]) -> None:
         """Rows of a consumed micro-batch; written at the next audit."""
@@ -67,9 +71,8 @@ class Ledger:
 
     def audit(self, seen: int) -> dict[str, float]:
         """Write what waits and sum over ranks. All ranks call it, and all raise `DataError` alike when over budget."""
-        if self._waiting and self.folder is not None:
-            append_jsonl(self._path(self.rank), self._waiting)
-        last, self._waiting = self._waiting[-1:], []
+        last = self._waiting[-1:]
+        self._write()
         self._seen = seen
         mine: dict[str, int] = {}
         for (source, _), kind in self._kinds.items():
@@ -85,6 +88,20 @@ class Ledger:
                             "mend or leave out the shards named there (`tubelet data verify`), or raise "
                             "data.max_bad_fraction")
         return {"data/bad_samples": float(bad), "data/bad_fraction": fraction}
+
+    def _write(self) -> None:
+        """Append what waits. A disk that takes no more is no reason to end a job, which one rank's error would: it is said
+        once, and the rows wait for the next time."""
+        try:
+            if self._waiting and self.folder is not None:
+                append_jsonl(self._path(self.rank), self._waiting)
+        except OSError as error:
+            if not self._failed:
+                log.warning("%s could not be written (%s); its lines wait in memory", self._path(self.rank),
+                            error.strerror or error)
+            self._failed = True
+            return
+        self._waiting, self._failed = [], False
 
     def summary(self) -> str | None:
         """The totals of the job in one line, e.g. "bad samples: 12 of 5,000,000 (0.00024 %): 9 image file is truncated

@@ -10,7 +10,7 @@ Legend: G global batch, W ranks, m micro-batch, R repeats, x global sample numbe
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,6 +71,7 @@ class TrainLoader:
         self.ledger = Ledger(None, world.rank, settings.max_bad_fraction, world.size)
         self.fingerprint = _fingerprint(self.order, self.sources)
         self._ahead: Ahead | None = None
+        self.give_up: Callable[[], bool] = lambda: False
         self._pin = device_type == "cuda" and settings.pin_memory
         self._running: Generator[Batch, None, None] | Iterator[Batch] | None = None
         if world.speaks:
@@ -102,7 +103,7 @@ class TrainLoader:
         self.ledger.forget(seen)
         self._running = stream(self._work, self._tasks(seen), workers=self.settings.workers,
                                prefetch=self.settings.prefetch, pin_memory=self._pin, describe=self.describe,
-                               timeout=self.settings.worker_timeout_seconds)
+                               timeout=self.settings.worker_timeout_seconds, give_up=lambda: self.give_up())
         self._ahead = start_ahead(self.order, self.sources, self.settings, self.world, seen,
                                   global_batch_size=self.global_batch_size)
         return self._running

@@ -146,7 +146,8 @@ class DataSettings(Settings):
     shuffle: bool = fixed(True)
     """False reads shards in index order (for debugging; batches are still laned)."""
     restart_order: bool = free(False)
-    """On resume, accept data whose fingerprint differs and start its order anew at sample 0."""
+    """On resume, accept data whose fingerprint differs and start its order anew at sample 0, once: later starts with the
+    same data go on from there. A fork (`init.from_run`) always starts anew."""
     index_dir: str | None = free(None)
     """Folder for indexes that do not lie beside their shards; null = the user's cache folder."""
     decoder: Literal["torchvision", "simplejpeg", "pil"] = recorded("torchvision")
@@ -168,8 +169,9 @@ class DataSettings(Settings):
     """Micro-batches each worker prepares ahead."""
     io_timeout_seconds: float = free(300.0, gt=0)
     """A read that fails is retried with back-off for this long, then the run saves and stops."""
-    worker_timeout_seconds: float = free(1800.0, gt=0)
-    """A loader process that gives nothing for this long is reported with the sample it is at, and the run stops."""
+    worker_timeout_seconds: float = free(480.0, gt=0)
+    """A loader process that gives nothing for this long is reported with the sample it is at, and the run saves and stops.
+    Below `timeout_seconds`, or the other ranks give up first."""
     pin_memory: bool = free(True)
     """Copy batches into page-locked memory when training on a GPU."""
 

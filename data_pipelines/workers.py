@@ -93,17 +93,19 @@ class _Work:
 
 def stream(function: Callable[[Any], Any], tasks: Iterable[Any], *, workers: int, prefetch: int = 2,
            pin_memory: bool = False, describe: Callable[[int], str] = str,
-           timeout: float | None = None) -> Iterator[Any]:
+           timeout: float | None = None, give_up: Callable[[], bool] = lambda: False) -> Iterator[Any]:
     """function(task) for every task, in order; `tasks` may be endless and is walked in this process.
 
     `workers` = 0 computes here. `prefetch` tasks per worker are handed out ahead. `describe` words the sample number that
     a dead worker was at. `timeout`: seconds to wait for a result before the workers count as stalled, which raises
-    `DataError` (None: for ever). Close the iterator (or drop it) to end the workers: it takes at most a few seconds.
+    `DataError` (None: for ever). `give_up` is asked every `TICK_SECONDS` that a result is waited for (not with 0 workers);
+    when it says yes, the stream ends there. Close the iterator (or drop it) to end the workers: it takes a few seconds at
+    most.
     """
     from torch import Generator
     from torch.utils.data import DataLoader
 
-    crew = _Crew(workers, describe, timeout)
+    crew = _Crew(workers, describe, timeout, give_up)
     loader = DataLoader(
         _Work(function), batch_size=None, sampler=tasks, collate_fn=_as_it_is, num_workers=workers,  # type: ignore[arg-type]
         prefetch_factor=prefetch if workers else None, pin_memory=pin_memory,
@@ -128,8 +130,8 @@ def stream(function: Callable[[Any], Any], tasks: Iterable[Any], *, workers: int
 class _Crew:
     """The workers of one stream, as their parent sees them: who is at which sample, who died, who stalls."""
 
-    def __init__(self, workers: int, describe: Callable[[int], str], timeout: float | None):
-        self.describe, self.timeout = describe, timeout
+    def __init__(self, workers: int, describe: Callable[[int], str], timeout: float | None, give_up: Callable[[], bool]):
+        self.describe, self.timeout, self.give_up = describe, timeout, give_up
         self.slots = multiprocessing.sharedctypes.RawArray(ctypes.c_int64, 3 * max(workers, 1))
         # One file for all their stacks, without a name: nothing is left behind. The children inherit its descriptor.
         self.stacks = tempfile.TemporaryFile(buffering=0) if workers else None
@@ -140,7 +142,8 @@ class _Crew:
         self.iterator, self.processes = iterator, list(getattr(iterator, "_workers", []))
 
     def wait(self) -> Any:
-        """The next result. Raises `DataError` when a worker has died, or none gave it in time."""
+        """The next result. Raises `DataError` when a worker has died, or none gave it in time, and `StopIteration` at the
+        end or when it was given up."""
         begun = time.monotonic()
         while True:
             try:
@@ -149,6 +152,8 @@ class _Crew:
                 lost = None if "timed out after" in str(error) else self._died(error)
             if lost is not None:
                 raise lost  # here, where it has no context: torch's error would keep the queues open
+            if self.give_up():
+                raise StopIteration
             if self.timeout and time.monotonic() - begun >= self.timeout:
                 raise self._stalled()
 
@@ -187,7 +192,9 @@ class _Crew:
         while not (dead := [p for p in self.processes if p.exitcode is not None]) and time.monotonic() < until:
             time.sleep(0.05)
         if not dead:
-            return error
+            return DataError(f"The loader processes gave no batch: {type(error).__name__}: {error}",
+                             "the error says what ran out (open files: `ulimit -n`; shared memory: `df /dev/shm`); "
+                             "data.workers=0 shows an error of a process in this one")
         told, hints = [], []
         for process in dead:
             x = next((self.slots[i + _SAMPLE] for i in range(0, len(self.slots), 3)

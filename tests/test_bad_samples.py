@@ -1,8 +1,10 @@
 """Damaged content is replaced by rule, counted once and bounded; trouble with storage is retried and never replaced."""
 
+import errno
 import json
 import logging
 import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from little_shards import image_bytes, read_shards, write_shards, write_tar
 from ranks import run_ranks
 from test_loader import LANES, SEED, G, Reference, decode, global_batches, loader_for, same, settings
 
+from data_pipelines import ledger as ledgers
 from data_pipelines.augment import TrainTransform, sample_seed
 from data_pipelines.decode import BadSample, decode_image
 from data_pipelines.evaluation import EvalLoader
@@ -17,6 +20,7 @@ from data_pipelines.ledger import Ledger
 from data_pipelines.reader import Reader
 from tubelet.dist import World
 from tubelet.errors import DataError
+from tubelet.files import read_jsonl
 
 DAMAGED = (1, 4, 15, 16, 17)  # running numbers in `large`: pictures cut in half, PNG among them
 
@@ -155,6 +159,18 @@ def test_members_are_read_exactly_from_disks_and_from_urls(tmp_path, monkeypatch
 def row(x, source="a"):
     return {"x": x, "source": source, "shard": "s.tar", "key": f"k{x}", "offset": 0, "error": "broken",
             "substitute": "s.tar/k0"}
+
+
+def test_a_disk_that_takes_no_lines_ends_no_run_and_gets_them_later(tmp_path, monkeypatch, caplog):
+    kept = Ledger(tmp_path, 0, 0.5)
+    with monkeypatch.context() as full:
+        full.setattr(ledgers, "append_jsonl", mock.Mock(side_effect=OSError(errno.ENOSPC, "No space left on device")))
+        for x in range(3):
+            kept.add([row(x)])
+            assert kept.audit(100)["data/bad_samples"] == x + 1
+    assert caplog.text.count("No space left on device") == 1
+    kept.audit(100)
+    assert [found["x"] for found in read_jsonl(tmp_path / "ledger-rank-0000.jsonl")] == [0, 1, 2]
 
 
 def _train(world, device, folders, ledger):

@@ -158,6 +158,8 @@ signals.START_SECONDS = 0.4
 stop = signals.StopFlag(float(sys.argv[2]))
 if sys.argv[1] == "starting":
     stop.starts()
+if sys.argv[1] == "saved":
+    stop.saved()
 with stop:
     print("ready", flush=True)
     mutex = ctypes.create_string_buffer(64)  # what a collective is to Python: C code that comes back to no handler
@@ -189,7 +191,8 @@ def script(text, *words, env=None):
 
 
 @pytest.mark.parametrize("phase, number, code", [("starting", signal.SIGTERM, 85), ("starting", signal.SIGINT, 130),
-                                                 ("training", signal.SIGUSR1, 1)])
+                                                 ("training", signal.SIGUSR1, 87), ("training", signal.SIGINT, 130),
+                                                 ("saved", signal.SIGTERM, 85)])
 def test_a_rank_that_waits_in_c_code_leaves_in_time_all_the_same(phase, number, code, tmp_path):
     process = script(BLOCKED, phase, "0.4", env={"TUBELET_EXIT_DIR": str(tmp_path), "RANK": "3"})
     assert process.stdout.readline() == "ready\n"
@@ -202,6 +205,7 @@ def test_a_rank_that_waits_in_c_code_leaves_in_time_all_the_same(phase, number, 
     assert (tmp_path / "rank-3.code").read_text() == str(code)
     assert process.returncode == (0 if phase == "starting" else code)  # the launcher reads the file: no page of torchrun's
     assert phase == "starting" or "preempt_grace_seconds" in errors and signal.Signals(number).name in errors
+    assert ("saving has not finished" in errors) == (phase == "training")
 
 
 def test_a_signal_to_a_forked_worker_is_not_the_programs_and_a_late_one_does_not_spoil_the_exit_code():

@@ -20,6 +20,7 @@ import torch
 from programs import ROOT
 from ranks import run_ranks
 
+from data_pipelines import workers
 from data_pipelines.ledger import Ledger
 from data_pipelines.workers import stream, working_on
 from tubelet.errors import DataError
@@ -90,6 +91,16 @@ def test_a_worker_that_gives_nothing_is_named_with_its_sample_and_stack():
     time.sleep(1.0)  # a training step that takes long is no stall of the loader
     assert int(next(slow)[0]) == 1
     slow.close()
+
+
+def test_a_stream_that_is_given_up_ends_while_a_worker_still_hangs(monkeypatch):
+    monkeypatch.setattr(workers, "TICK_SECONDS", 0.2)
+    before, given_up = children(), threading.Event()
+    threading.Timer(0.7, given_up.set).start()
+    hanging = stream(act, [(0, ""), (1, "sleep"), (2, "")], workers=1, timeout=60, give_up=given_up.is_set)
+    begun = time.monotonic()
+    assert [int(out[0]) for out in hanging] == [0]
+    assert 0.5 < time.monotonic() - begun < 15 and children() == before
 
 
 def test_a_worker_that_dies_is_named_with_its_signal_its_sample_and_where_it_crashed():

@@ -1,14 +1,18 @@
 """The loop's own promises: what a step counts, when it saves, what a skipped update leaves alone."""
 
 import os
+import signal
+import time
 
 import pytest
 import torch
 from little_run import G, Numbers, Objective, resumed, trainers, weights
 from programs import rows
 
+from tubelet.engine import view
 from tubelet.engine.checkpoint.folder import published, read_best, write_best
 from tubelet.engine.checkpoint.load import assemble
+from tubelet.engine.skipped import named
 from tubelet.engine.trainer import Stopped, TrainState
 from tubelet.errors import DataError
 
@@ -68,8 +72,6 @@ def test_checkpoints_come_by_steps_and_by_minutes_and_old_ones_go(trainer, tmp_p
 
 
 def test_a_signal_saves_at_the_next_boundary_and_stops(trainer, tmp_path):
-    import signal
-
     loader = Numbers()
     running = trainer("signalled", loader=loader)
     step = running.train_step
@@ -84,6 +86,57 @@ def test_a_signal_saves_at_the_next_boundary_and_stops(trainer, tmp_path):
         running.fit()
     assert caught.value.code == 85 and running.state.step == 3
     assert published(tmp_path / "signalled")[-1].name == "step-00000003"
+
+
+def test_a_signal_while_a_batch_is_waited_for_saves_and_stops(trainer, tmp_path):
+    class Hanging(Numbers):
+        def batches(self, seen):
+            for number, batch in enumerate(super().batches(seen)):
+                if number == 3 * G // self.micro:  # the storage hangs, and the job is told to leave
+                    os.kill(os.getpid(), signal.SIGTERM)
+                    until = time.monotonic() + 20
+                    while not self.give_up():
+                        assert time.monotonic() < until, "the signal is not looked at"
+                    return
+                yield batch
+
+    told = trainer("told", loader=Hanging(), save_every=100)
+    with pytest.raises(Stopped) as stopped:
+        told.fit()
+    assert stopped.value.code == 85 and resumed(tmp_path / "told").state == TrainState(step=3, seen=3 * G)
+
+
+def test_what_was_trained_is_saved_when_too_many_samples_are_bad(trainer, tmp_path):
+    class Bad(Numbers):
+        def audit(self, seen):
+            if seen >= 4 * G:
+                raise DataError("17 of 40 samples did not decode", "mend them")
+            return {}
+
+    with pytest.raises(DataError, match="17 of 40"):
+        trainer("bad", loader=Bad(), save_every=100).fit()
+    assert resumed(tmp_path / "bad").state.step == 4
+
+
+def test_of_a_large_batch_as_many_keys_are_written_as_a_moment_allows():
+    assert named([3, 5], str) == {"keys": ["3", "5"]}
+    assert named(range(32768), str) == {"keys": [str(x) for x in range(1024)], "keys_left_out": 32768 - 1024}
+    ticks = iter(range(100))
+    assert named(range(9), str, clock=lambda: next(ticks)) == {"keys": ["0", "1", "2", "3"], "keys_left_out": 5}
+
+
+def test_a_ranks_own_time_counts_what_it_waited_for_its_data(trainer, monkeypatch):
+    class Slow(Numbers):
+        def batches(self, seen):
+            for batch in super().batches(seen):
+                time.sleep(0.03)
+                yield batch
+
+    told = []
+    monkeypatch.setattr(view, "spread", lambda own, data, *_: told.append((own, data)) or ({"perf/slowest_rank": 0.0}, None))
+    slow = trainer(loader=Slow())
+    slow.fit()
+    assert told and all(own > data > 0.9 * 0.03 * slow.accumulation for own, data in told)
 
 
 def test_the_best_checkpoint_is_known_again_after_a_kill_and_after_going_back(trainer):

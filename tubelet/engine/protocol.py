@@ -9,7 +9,7 @@ them all; that is why checkpoints, EMA and export need to know nothing of ZeRO.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -140,6 +140,8 @@ class Loader(Protocol):
     """What must be equal on resume for the order of samples to be the same."""
     size: int
     """Samples in one epoch (summed over sources)."""
+    give_up: Callable[[], bool]
+    """Set by the trainer. Asked now and then while a batch is waited for; when it says yes, the stream ends."""
 
     def batches(self, seen: int) -> Iterator[Batch]:
         """This rank's micro-batches from global sample number `seen` on, without end. O(1) in `seen`."""

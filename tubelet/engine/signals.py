@@ -22,7 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 from tubelet import dist
-from tubelet.errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PREEMPTED
+from tubelet.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_PREEMPTED
 
 WATCHED = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
 """The signals that ask a program to save and leave."""
@@ -67,7 +67,7 @@ class StopFlag:
         self.grace_seconds = grace_seconds
         self.code = 0
         self.reason = ""
-        self.starting = False
+        self.starting = self._saved = False
         self._asked_at: float | None = None
         self._interrupted_at = -1e9
         self._before: dict[int, object] = {}
@@ -88,6 +88,10 @@ class StopFlag:
         self.grace_seconds = self.grace_seconds if grace_seconds is None else grace_seconds
         self.starting = False
         self._wake()
+
+    def saved(self) -> None:
+        """All that could be lost is saved: what is left to do may be cut short, and the exit code is the one asked for."""
+        self._saved = True
 
     def raise_if_asked(self, together: bool = False) -> None:
         """While starting: leave when a signal came. Raises `Stopped`.
@@ -202,8 +206,12 @@ class StopFlag:
         if self.starting:
             self._exit(self.code, f"{self.reason} while starting: leaving with exit code {self.code}, nothing was trained "
                                   "since the newest checkpoint" if rank_of_environment() == 0 else "")
-        self._exit(EXIT_ERROR, f"{self.reason} came {self.grace_seconds:.0f} s ago (preempt_grace_seconds) and saving has "
-                               "not finished: leaving by force; the newest published checkpoint is intact")
+        since = f"{self.reason} came {self.grace_seconds:.0f} s ago (preempt_grace_seconds)"
+        if self._saved:
+            self._exit(self.code, f"{since}: everything is saved, leaving before the last accounts are written")
+        # The run itself is well: a launcher may start it again, as after a lost rank, as long as it gets on.
+        self._exit(EXIT_INTERRUPTED if self.code == EXIT_INTERRUPTED else EXIT_LOST,
+                   f"{since} and saving has not finished: leaving by force; the newest published checkpoint is intact")
 
     def _exit(self, code: int, words: str) -> None:
         tell_launcher(code)

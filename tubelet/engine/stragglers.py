@@ -14,10 +14,11 @@ def spread(own_seconds_per_step: float, data_seconds_per_step: float, world: dis
            ) -> tuple[dict[str, float], str | None]:
     """(scalars, a sentence that names the slow rank or None), equal on all ranks. All ranks call it, at log steps.
 
-    `own_seconds_per_step` is this rank's own time without waiting for others (in synchronous training all ranks take equally
-    long with it), `data_seconds_per_step` what of it was waiting for data, both in seconds. A rank is slow when its own time
-    is above `ratio` times the median of all ranks (`watch.straggler_ratio`; the lower one of two, so that two ranks can be
-    told apart). Scalars: `perf/step_time_min`, `_median`, `_max` in seconds and `perf/slowest_rank`.
+    `own_seconds_per_step` is this rank's own time without waiting for others (in synchronous training all ranks take
+    equally long with it): its forward pass and its wait for data; `data_seconds_per_step` is the latter. A rank is slow
+    when its own time is above `ratio` times the median of all ranks (`watch.straggler_ratio`; the lower one of two, so
+    that two ranks can be told apart). Scalars: `perf/step_time_min`, `_median`, `_max` in seconds and
+    `perf/slowest_rank`.
     """
     told = dist.gather((own_seconds_per_step, data_seconds_per_step))
     own = [seconds for seconds, _ in told]

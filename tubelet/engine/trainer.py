@@ -33,6 +33,7 @@ from tubelet.engine.rollback import go_back
 from tubelet.engine.schedule import learning_rate
 from tubelet.engine.settings import EngineSettings
 from tubelet.engine.signals import StopFlag, Stopped
+from tubelet.engine.skipped import tell_skipped
 from tubelet.engine.state import Beginning, TrainState
 from tubelet.engine.trackers import Trackers
 from tubelet.engine.view import View
@@ -151,9 +152,10 @@ class Trainer:
     def open(self) -> None:
         """Logs and data; what was logged after the restored step is dropped, so no curve overlaps."""
         self.view.open(self.state)
-        for note in self.deadline.notes() if self.world.speaks else ():
+        for note in self.deadline.notes(self.keeper.longest_seconds) if self.world.speaks else ():
             print(note, flush=True)
         self.digest = DigestFile(self.run.folder, self.state.step, self.world.speaks) if self.settings.digest else None
+        self.loader.give_up = lambda: bool(self.stop and self.stop.code) or self.late()
         self.stream = self.loader.batches(self.state.seen)
         self.phases.goes_on(self.state.step)
 
@@ -164,6 +166,8 @@ class Trainer:
         with self.phases("data"):
             try:
                 return [next(self.stream) for _ in range(self.accumulation)]
+            except StopIteration:  # given up: this rank was asked to leave while it waited, which `agree` tells the others
+                return []
             except Exception as error:  # whatever it is: the others must hear of it, and what was trained is saved
                 self.trouble = error
                 return []
@@ -223,7 +227,7 @@ class Trainer:
         """The step is done: count it. A skipped update consumed its batch all the same; the EMA is left alone then."""
         state = self.state
         if not result.applied:
-            self.tell_skipped(batches)
+            tell_skipped(self, batches)
         state.step += 1
         state.seen += self.settings.global_batch_size
         state.skipped_steps += not result.applied
@@ -237,19 +241,6 @@ class Trainer:
         self.phases.moved(state.step)
         self.view.advance(state, batches)
 
-    def tell_skipped(self, batches: Sequence[Batch]) -> None:
-        """Write down which samples an update was skipped for (all ranks; DeepSpeed skips without a word)."""
-        mine = [batch["ids"].tolist() for batch, loss in zip(batches, self.losses) if not math.isfinite(float(loss))]
-        bad = {rank: ids for rank, own in enumerate(dist.gather(mine)) for ids in [sum(own, [])] if ids}
-        if not self.world.speaks:
-            return
-        ids = sorted(sum(bad.values(), [])) or range(self.state.seen, self.state.seen + self.settings.global_batch_size)
-        self.run.event("skipped", step=self.state.step, samples=[self.state.seen, self.state.seen
-                       + self.settings.global_batch_size], ranks_with_bad_loss=list(bad),
-                       what="loss" if bad else "gradient", keys=[self.loader.describe(x) for x in ids])
-        self.view.console.say(f"warning: step {self.state.step} was skipped: its {'loss' if bad else 'gradient'} is not "
-                              f"finite ({len(ids)} samples, see events.jsonl)")
-
     def log(self, result: StepResult) -> None:
         """Scalars and a console line (all ranks participate: sums over ranks, and the bad-sample budget)."""
         with self.phases("log"):
@@ -257,7 +248,12 @@ class Trainer:
             values = {"train/lr": self.lr, "train/grad_norm": float(result.grad_norm),
                       "train/skipped_steps": state.skipped_steps, "train/epoch": state.seen / self.loader.size,
                       "samples_seen": state.seen}
-            self.view.log(state, values | self.loader.audit(state.seen))
+            try:
+                values |= self.loader.audit(state.seen)
+            except DataError:  # too many bad samples, said on all ranks alike: what was trained is kept
+                self.keep_all()
+                raise
+            self.view.log(state, values)
 
     def due(self, every: int | None) -> bool:
         """Whether something that happens every so many steps happens now; at the end `finish` does everything."""
@@ -329,6 +325,8 @@ class Trainer:
     def leave(self, verdict: Verdict) -> None:
         """Save, wait for it, say so and stop on all ranks together."""
         self.publish()
+        if self.stop:
+            self.stop.saved()
         self.close()
         if self.world.speaks:
             restart = "the scheduler may restart it" if verdict.leave == EXIT_PREEMPTED else "start it again to go on"

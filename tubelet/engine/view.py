@@ -69,8 +69,8 @@ class View:
 
     @contextmanager
     def own_time(self) -> Iterator[None]:
-        """Around the forward pass: time in which this rank waits for no other (but for ZeRO-3's gathering), which is what
-        tells a slow rank from those that wait for it."""
+        """Around the forward pass: time in which this rank waits for no other (but for ZeRO-3's gathering), which, with what
+        it waits for its data, tells a slow rank from those that wait for it."""
         if self.engine.device.type == "cuda":
             first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             first.record()
@@ -104,7 +104,8 @@ class View:
         self.meter.other_seconds = spent["save"] + spent["evaluate"] + spent["restore"]
         values = self.meter.read(self.flops_per_sample, self.peak) | values
         self.step_seconds = values["perf/step_time"]
-        found, slow = spread(own / steps, spent["data"] / steps, self.world, self.settings.watch.straggler_ratio)
+        waited = spent["data"] / steps  # for its own data: the others wait for it then
+        found, slow = spread(own / steps + waited, waited, self.world, self.settings.watch.straggler_ratio)
         values |= found
         self.trackers.write(state.step, values)
         self.console.report(state.step, values)
