@@ -4,6 +4,8 @@ import json
 import os
 import time
 
+from launch.restarts import decide
+from launch.settings import RestartSettings
 from tubelet import files
 from tubelet.console import run_app
 from tubelet.program.runs.cli import app
@@ -27,6 +29,22 @@ def begin(above, name="r", config="total_steps: 100\n"):
 def change(run, number=None, **fields):
     path = run.folder / "attempts" / f"{number or run.attempt.number:04d}.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+def submit(folder, job, ago, launcher="slurm"):
+    """What a launcher leaves that has handed a run to a scheduler, `ago` seconds ago; or that is at work (hostfile)."""
+    (folder / "launch").mkdir(parents=True, exist_ok=True)
+    files.write_json(folder / "launch" / "submitted.json", {"job": job, "time": time.time() - ago, "launcher": launcher})
+
+
+def decided(folder, code, job="slurm-7", attempt=1, ago=0.0, **settings):
+    """What a launcher decides and puts down after a start that ended with `code`, by its own code."""
+    said = decide(folder, code, RestartSettings(**settings), job=job, attempt=attempt).said
+    path = folder / "launch" / "restarts.jsonl"
+    *earlier, row = files.read_jsonl(path)
+    path.unlink()
+    files.append_jsonl(path, [*earlier, {**row, "time": row["time"] - ago}])
+    return said.splitlines()[0]
 
 
 def age(folder, seconds):

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from little_run import resumed, trainers
 from programs import ROOT, kill, recipe, rows, run, start, wait_for
-from run_folders import LOGGED, NOW, age, begin, change, checkpoint, goodput, log, say
+from run_folders import LOGGED, NOW, age, begin, change, checkpoint, decided, goodput, log, say, submit
 
 from tubelet import files, first_error
 from tubelet.program.runs.standing import standing
@@ -24,7 +24,7 @@ from tubelet.runs import Run, RunSettings
 
 @pytest.mark.parametrize("end, state, note", [
     (("finished", 0, {"step": 100}), "finished", ""),
-    (("preempted", 85, {"step": 7}), "waiting", ""),
+    (("preempted", 85, {"step": 7}), "saved", "no restart is on record: started without `launch`, the same command goes on"),
     (("preempted", 130, {"step": 7}), "interrupted", ""),
     (("failed", 86, {"error": "SupersededError: taken over"}), "superseded", "SupersededError: taken over"),
     (("failed", 1, {"error": "DataError: shard.tar did not answer\nsecond line"}), "failed",
@@ -77,26 +77,116 @@ def test_of_a_process_on_another_host_only_the_last_sign_is_known(tmp_path):
 
 def test_a_job_handed_to_a_scheduler_is_queued_until_it_starts_and_again_when_it_is_submitted_anew(tmp_path):
     folder = tmp_path / "r"
-    (folder / "launch").mkdir(parents=True)
-
-    def submit(job, at):
-        files.write_json(folder / "launch" / "submitted.json", {"job": job, "time": at, "launcher": "slurm"})
-
-    submit("slurm-7", time.time() - 300)
+    submit(folder, "slurm-7", 300)
     found = standing(folder)
     assert (found.state, found.job, found.note) == ("queued", "slurm-7", "slurm-7 submitted 5 min ago")
     run = begin(tmp_path)
     change(run, job="slurm-7")
     assert standing(folder).state == "running"
     run.end("preempted", 85, step=3)
-    assert (standing(folder).state, standing(folder).note) == ("waiting", "slurm-7 starts it again")
-    submit("slurm-7", time.time() + 1)  # a name that is given again, as Kubernetes has it
+    assert standing(folder).state == "saved"
+    submit(folder, "slurm-7", -1)  # a name that is given again, as Kubernetes has it
     assert standing(folder).state == "queued"
-    submit("slurm-8", time.time() + 1)
+    submit(folder, "slurm-8", -1)
     assert (standing(folder).state, standing(folder).job) == ("queued", "slurm-8")
-    submit("slurm-8", time.time() - 999)
-    begin(tmp_path).end("finished", 0)  # by hand, later
+    decided(folder, 2, job="slurm-8", attempt=0, ago=-2)
+    assert standing(folder).state == "failed"
+    submit(folder, "slurm-9", -3)
+    assert (standing(folder).state, standing(folder).job) == ("queued", "slurm-9")
+    submit(folder, "slurm-9", 999)
+    run = begin(tmp_path)  # by hand, later
+    change(run, time=time.time() + 4)
+    run.end("finished", 0)
     assert standing(folder).state == "finished"
+
+
+@pytest.mark.parametrize("job, launcher, ago, note", [
+    ("slurm-7", "slurm", 10, "no restart is on record yet: slurm-7 is about to decide"),
+    ("slurm-7", "slurm", 3600, "no restart is on record: slurm-7 was cancelled, or SLURM took its nodes and starts it again "
+                               "itself; `squeue -j 7` tells"),
+    ("slurm-7", "", 10, "no restart is on record: slurm-7 was not submitted by `launch` from here; `squeue -j 7` tells "
+                        "whether it is queued again"),
+    ("k8s-default-r", "k8s", 10, "Kubernetes starts k8s-default-r again, unless that was deleted"),
+    ("local-n1-4-5", "", 10, "asked to leave, or its time was up: its launcher does not start it again, the same command "
+                             "does"),
+])
+def test_a_start_that_saved_and_left_is_said_to_come_again_only_where_somebody_starts_it(tmp_path, job, launcher, ago, note):
+    run = begin(tmp_path)
+    change(run, job=job, time=NOW - ago - 100)
+    if launcher:
+        submit(run.folder, job, ago + 200, launcher)
+    run.end("preempted", 85, step=3)
+    files.write_json(run.folder / "attempts" / "0001.end.json", {"how": "preempted", "code": 85, "time": time.time() - ago})
+    assert (standing(run.folder).state, standing(run.folder).note) == ("saved", note)
+
+
+@pytest.mark.parametrize("end, code, settings, state", [
+    (("preempted", 85, {"step": 3}), 85, {}, "queued"),
+    (("failed", 87, {"error": "rank 1 was lost"}), 87, {}, "queued"),  # for the whole of the time in the queue
+    (None, 137, {}, "queued"),  # SIGKILL
+    (("preempted", 85, {"step": 3}), 85, {"max_without_progress": 0}, "stopped"),
+    (("failed", 87, {"error": "rank 1 was lost"}), 87, {"on_failure": False}, "stopped"),
+    (None, 137, {"on_failure": False}, "stopped"),
+    (None, 1, {}, "failed"),
+])
+def test_an_ended_run_stands_as_its_launcher_has_decided(tmp_path, capsys, end, code, settings, state):
+    run = begin(tmp_path)
+    submit(run.folder, "slurm-7", 9999)
+    change(run, job="slurm-7", host="n3", time=NOW - 9000)
+    if end:
+        run.end(*end[:2], **end[2])
+    said = decided(run.folder, code, ago=7200, **settings)
+    found = standing(run.folder)
+    assert (found.state, found.job) == (state, "slurm-7")
+    assert found.note == (f"slurm-7 again, since 2 h: {said}" if state == "queued" else said)
+    assert say("show", run.folder) == 0  # the run waits; its start has ended as it did
+    shown = capsys.readouterr().out
+    assert f"{state}: {found.note}" in shown and (f"{end[0]} at step 3" if end and end[0] == "preempted" else
+                                                  "failed (exit code 87)" if end else "killed: left no word") in shown
+    begin(tmp_path)
+    assert standing(run.folder).state == "running"  # and what was decided before is no more
+
+
+def test_a_run_says_more_of_its_own_end_than_its_launcher_knows(tmp_path):
+    for number, (how, code, details, state) in enumerate([
+            ("failed", 1, {"error": "DataError: no shard"}, "failed"), ("preempted", 130, {}, "interrupted"),
+            ("failed", 86, {"error": "SupersededError: taken over"}, "superseded"),
+            ("finished", 0, {"step": 100}, "finished")]):
+        run = begin(tmp_path, f"r{number}")
+        run.end(how, code, **details)
+        decided(run.folder, code)
+        assert (standing(run.folder).state, standing(run.folder).note) == (state, details.get("error", ""))
+
+
+def test_starts_that_never_claimed_the_folder_count_too(tmp_path):
+    folder = tmp_path / "r"
+    submit(folder, "slurm-7", 500)
+    said = decided(folder, 137, attempt=0, ago=300)
+    assert (standing(folder).state, standing(folder).note) == ("queued", f"slurm-7 again, since 5 min: {said}")
+    said = decided(folder, 137, attempt=0, max_without_progress=1)
+    assert (standing(folder).state, standing(folder).note) == ("stopped", said)
+    assert say("show", folder) == 0
+    run = begin(tmp_path)
+    change(run, job="slurm-8", host="n3")
+    assert standing(folder).state == "running?"
+    decided(folder, 1, job="slurm-9", attempt=0, ago=-1)  # refused, since another job has the run
+    assert standing(folder).state == "running?"
+    said = decided(folder, 1, job="slurm-8", attempt=0, ago=-2)  # the next start of that job: the one before is over
+    assert (standing(folder).state, standing(folder).note) == ("failed", said)
+
+
+def test_a_launcher_without_a_queue_has_given_up_once_it_has_gone(tmp_path):
+    for job, wait in (("local-n1-4-5", 900), ("hostfile-n1-4-5", 9)):
+        run = begin(tmp_path, job)
+        change(run, job=job)
+        run.end("failed", 87, error="rank 1 was lost")
+        submit(run.folder, job, 99, "hostfile") if job.startswith("hostfile") else None
+        decided(run.folder, 87, job=job)
+        assert standing(run.folder).state == "queued"
+        (run.folder / "launch" / "submitted.json").unlink(missing_ok=True)
+        decided(run.folder, 87, job=job, ago=wait)
+        found = standing(run.folder)
+        assert found.state == "stopped" and "has gone without having done so" in found.note
 
 
 # -------------------------------------------------------------------------------------------------------- the list

@@ -89,6 +89,33 @@ def test_checkpoints_kept_elsewhere_are_found_there_or_by_the_log(tmp_path):
     assert (found.checkpoint.step, found.checkpoint.time, found.place) == (40, 2.0, "s3://bucket/far")
 
 
+def test_the_last_checkpoint_in_a_store_is_found_however_many_rows_were_logged_since(tmp_path):
+    run = begin(tmp_path, config="total_steps: 9999\ncheckpoint:\n  dir: s3://bucket/r\n")
+    path = run.folder / "metrics.jsonl"
+    for step in (1000, 2000):
+        files.append_jsonl(path, [{"step": step, "time": 1.0, "ckpt/stall_seconds": 0.1}])
+        log(run, step + 1, step + 500, filler="x" * 500)
+        files.append_jsonl(path, [{"step": step + 500, "time": float(step), "ckpt/save_seconds": 99.0}])
+        log(run, step + 501, step + 999, filler="x" * 500)
+    assert path.stat().st_size > 1 << 20
+    found = standing(run.folder)
+    assert (found.step, found.checkpoint.step, found.checkpoint.time) == (2999, 2000, 2000.0)
+    files.keep_jsonl(path, 2000)  # the next start goes on from 2000: the row that told of its publication is dropped
+    assert standing(run.folder).checkpoint.step == 1000
+    run.event("resume", step=2000, folder="s3://bucket/r/step-00002000")
+    log(run, 2001, 2040)
+    assert (standing(run.folder).checkpoint.step, standing(run.folder).checkpoint.time) == (2000, 1.0)
+    path.unlink()
+    log(run, 2001, 2040)
+    assert standing(run.folder).checkpoint.step == 2000
+    run.event("fork", step=3000, folder="elsewhere/step-00003000")  # another run's
+    assert standing(run.folder).checkpoint.step == 2000
+    with open(path, "wb") as file:
+        file.truncate(1 << 40)  # nobody can read so much
+    log(run, 2041, 2050)
+    assert standing(run.folder).checkpoint.step == 2000
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*/*.yaml")), ids=lambda path: path.stem)
 def test_settings_that_differ_from_the_defaults_are_those_that_make_the_run(path, tmp_path):
     from finetune.settings import FinetuneSettings

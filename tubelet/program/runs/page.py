@@ -75,10 +75,9 @@ def read_page(folder: Path) -> Page:
     found = standing(folder, now)
     config = reading.all_settings(folder / "config.yaml")
     attempts = run.attempts()
-    ends = [(attempt, end_of(run, attempt)) for attempt in attempts[:-1]]
-    if attempts:
-        last = end_of(run, attempts[-1], last=True)
-        ends.append((attempts[-1], last if last.time else End(found.state, found.note, step=found.step)))
+    ends = [(attempt, end_of(run, attempt)) for attempt in attempts]
+    if attempts and (found.state in ("running", "running?") or found.state in ("lost", "lost?") and not ends[-1][1].time):
+        ends[-1] = (attempts[-1], End(found.state, found.note, step=found.step))  # its files tell whether it lives
     place = reading.checkpoint_place(folder, config)
     published, unfinished = reading.step_folders(place) if isinstance(place, Path) else ([], [])
     checkpoints = [reading.read_checkpoint(path) for path in published] or [item for item in [found.checkpoint] if item]

@@ -28,6 +28,11 @@ from tubelet.files import parse_jsonl
 PIECE = 1 << 14
 """Bytes of the end of a file that are read first: about 25 rows of metrics."""
 
+SEARCHED = 1 << 24
+"""Bytes of the end of a file that are looked through for something rare: about 25,000 rows of metrics, in 10 ms."""
+_SAVES = re.compile(rb'"ckpt/')
+_BACK = re.compile(rb'"event": ?"(?:resume|rollback)"')
+
 Row = dict[str, Any]
 
 
@@ -44,8 +49,10 @@ class Tail:
     inode: int = 0
 
 
-def read_tail(path: Path, enough: Callable[[list[Row]], bool] = bool) -> Tail:
-    """Rows from the end of a file, as many as it takes to be `enough`, at most all. A missing file has none."""
+def read_tail(path: Path, enough: Callable[[list[Row]], bool] = bool, *, only: re.Pattern[bytes] | None = None,
+              most: int | None = None) -> Tail:
+    """Rows from the end of a file, as many as it takes to be `enough`, at most those in `most` bytes (None: all), and `only`
+    lines in which that is found. A missing file has none."""
     try:
         with open(path, "rb") as file:
             found = os.fstat(file.fileno())
@@ -55,8 +62,9 @@ def read_tail(path: Path, enough: Callable[[list[Row]], bool] = bool) -> Tail:
                 file.seek(start)
                 text = file.read(found.st_size - start)
                 whole = text[:text.rfind(b"\n") + 1]  # the last line may be being written
-                rows = parse_jsonl(whole[whole.find(b"\n") + 1:] if start else whole)
-                if enough(rows) or not start:
+                text = whole[whole.find(b"\n") + 1:] if start else whole
+                rows = parse_jsonl(b"\n".join(filter(only.search, text.split(b"\n"))) if only else text)
+                if enough(rows) or not start or (most and piece >= most):
                     return Tail(rows, start + len(whole), found.st_ino)
                 piece *= 4
     except FileNotFoundError:
@@ -178,15 +186,27 @@ def read_checkpoint(folder: Path) -> Checkpoint:
     return Checkpoint(folder.name, step, written, sum(sizes.values()), problem, manifest)
 
 
-def told_checkpoint(rows: Iterable[Row]) -> Checkpoint | None:
-    """The newest checkpoint that the log tells of: begun (`ckpt/stall_seconds`) and later published
-    (`ckpt/save_seconds`)."""
+def told_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest checkpoint that the files of a run tell of, for one that keeps them in a store."""
+    back = read_tail(folder / "events.jsonl", only=_BACK, most=SEARCHED).rows
+    read = whole(back[-1].get("step")) if back else None
+    rows = read_tail(folder / "metrics.jsonl", lambda rows: logged_checkpoint(rows, read) is not None, only=_SAVES,
+                     most=SEARCHED).rows
+    found = logged_checkpoint(rows, read)
+    if read is not None and (found is None or found.step < read):
+        return Checkpoint(f"step-{read:08d}", read, None)
+    return found
+
+
+def logged_checkpoint(rows: Iterable[Row], read: int | None = None) -> Checkpoint | None:
+    """The newest checkpoint in the log: begun (`ckpt/stall_seconds`) and later published (`ckpt/save_seconds`). The second
+    row of one that the run has `read` since, to go on from it, was dropped then if it came at a later step."""
     begun: int | None = None
     found: Checkpoint | None = None
     for row in rows:
         if "ckpt/stall_seconds" in row:
             begun = whole(row.get("step"))
-        if "ckpt/save_seconds" in row and begun is not None:
+        if begun is not None and ("ckpt/save_seconds" in row or begun == read):
             found = Checkpoint(f"step-{begun:08d}", begun, time_of(row))
     return found
 

@@ -17,16 +17,17 @@ from tubelet import first_error
 from tubelet.engine.goodput import Report, records, report
 from tubelet.errors import EXIT_INTERRUPTED, EXIT_PREEMPTED, EXIT_SUPERSEDED, RunError, nearest
 from tubelet.files import read_jsonl
-from tubelet.program.runs import reading
+from tubelet.program.runs import again, reading
 from tubelet.program.runs.reading import Checkpoint, Row
 from tubelet.redact import redact
 from tubelet.runs import Attempt, Run, RunSettings, alive
 
 STATES = {
-    "queued": "handed to a scheduler, not started yet",
+    "queued": "handed to a scheduler or to be started again by its launcher, and not yet started",
     "running": "its process lives on this host",
     "running?": "on another host, and its files changed lately",
-    "waiting": "saved and left with exit code 85: whoever started it is to start it again",
+    "saved": "saved and left with exit code 85, and nobody has put down that it is started again",
+    "stopped": "could go on from its checkpoint, but its launcher does not start it again",
     "finished": "reached its last step",
     "failed": "ended with an error",
     "interrupted": "saved and left after Ctrl-C",
@@ -158,7 +159,7 @@ def end_of(run: Run, attempt: Attempt, *, last: bool = False, silent: float = 0.
         code, how = record.get("code"), str(record.get("how", "ended"))
         state = {EXIT_INTERRUPTED: "interrupted", EXIT_SUPERSEDED: "superseded"}.get(code, how)  # type: ignore[arg-type]
         if code == EXIT_PREEMPTED:
-            state = "waiting" if last else "preempted"
+            state = "saved" if last else "preempted"
         note = reading.first_line(redact(record["error"])) if record.get("error") else ""
         return End(state, note, reading.number(record, "time"), reading.whole(record.get("step")), code)
     if path.exists():
@@ -196,7 +197,7 @@ def _standing(folder: Path, now: float) -> Standing:
     rows = reading.read_tail(folder / "metrics.jsonl", _has_two_log_lines).rows
     found, over = Standing(folder.name, folder, "queued", attempts=len(attempts)), 0.0
     _progress(found, rows, settings)
-    _checkpoint(found, rows, settings)
+    _checkpoint(found, settings)
     if attempts:
         last = attempts[-1]
         found.started, found.host, found.job = last.time, last.host, last.job
@@ -209,9 +210,7 @@ def _standing(folder: Path, now: float) -> Standing:
         over = ended.time or found.last_sign
         if ended.step is not None and ended.state == "finished":
             found.step = ended.step
-    submitted = reading.read_json(folder / "launch" / "submitted.json")
-    if submitted:
-        _queued(found, submitted, over, now)
+    _next(found, attempts[-1].number if attempts else 0, over, now)
     if found.state in ("running", "running?") and found.step is not None and found.total_steps:
         speed = _step_seconds(rows)
         found.seconds_left = max(found.total_steps - found.step, 0) * speed if speed else None
@@ -249,11 +248,11 @@ def total_steps(settings: Row, lines: list[Row]) -> int | None:
     return None
 
 
-def _checkpoint(found: Standing, rows: list[Row], settings: Row) -> None:
+def _checkpoint(found: Standing, settings: Row) -> None:
     place = reading.checkpoint_place(found.folder, settings)
     found.place = "" if place == found.folder else str(place)
     if isinstance(place, str):
-        found.checkpoint = reading.told_checkpoint(rows)
+        found.checkpoint = reading.told_checkpoint(found.folder)
         return
     published, _ = reading.step_folders(place)
     found.checkpoint = reading.read_checkpoint(published[-1]) if published else None
@@ -282,19 +281,23 @@ def _step_seconds(rows: list[Row]) -> float | None:
     return statistics.median(found) if found else None
 
 
-def _queued(found: Standing, submitted: Row, over: float, now: float) -> None:
-    """A launcher has handed the run to a scheduler (again), and that job has not started or is to start again. `over`: when
-    the newest start ended; a name that Kubernetes was given once more is a new job after that."""
+def _next(found: Standing, number: int, over: float, now: float) -> None:
+    """What follows the newest start, `number`, which ended at `over`: a launcher has handed the run to a scheduler (again),
+    or has put down whether it starts it again. A name that Kubernetes was given once more is a new job after that."""
+    submitted = reading.read_json(found.folder / "launch" / "submitted.json")
+    row = again.decision(found.folder, number, found.started, found.job, found.state)
     job, at = str(submitted.get("job", "")), reading.number(submitted, "time") or 0.0
-    same = bool(job) and job == found.job
-    if found.attempts and at <= (over if same else found.started):
-        if found.state == "waiting" and same:
-            found.note = f"{job} starts it again"
+    before = max(over if job and job == found.job else found.started, reading.number(row, "time") or 0.0)
+    if found.state == "running" or (found.state == "running?" and not row):
         return
-    if found.state in ("running", "running?"):
-        return
-    found.state, found.job, found.started = "queued", job, at
-    found.note = " ".join(filter(None, [job, f"submitted {reading.ago(now - at)} ago" if at else ""]))
+    if submitted and (at > before or not (found.attempts or row)):
+        found.state, found.job, found.started = "queued", job, at
+        found.note = " ".join(filter(None, [job, f"submitted {reading.ago(now - at)} ago" if at else ""]))
+    elif row:
+        found.state, found.note = again.decided(row, submitted, found.state, found.note, now)
+        found.job = str(row.get("job") or found.job)
+    elif found.state == "saved":
+        found.note = again.undecided(found.job, submitted, now - over)
 
 
 def read_report(run: Run) -> Report | None:
