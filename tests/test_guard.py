@@ -1,11 +1,13 @@
 """A loss or gradient that is not finite, or a loss that jumps, on any rank: what the run then does, alike on all ranks."""
 
+import json
 import math
+from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
-from little_run import G, Objective, little_trainer, weights
+from little_run import G, Objective, little_trainer, trainers, weights
 from programs import rows
 from ranks import run_ranks
 
@@ -31,13 +33,34 @@ def test_what_counts_as_trouble():
         assert guard.judge(step, 1.0 + step / 10, True) is None
     assert guard.judge(4, 3.0, True) is None  # below three times the median
     assert "loss of step 5" in guard.judge(5, 9.0, True) and guard.first_step == 5
-    guard.reset()
+    guard = Guard(GuardSettings(max_skipped=2, loss_spike=3.0, window=4))
     assert guard.judge(6, 9.0, True) is None  # too little seen to call it a spike
     assert guard.judge(7, math.nan, False) is None
     assert guard.judge(8, 1.0, True) is None  # not in a row
     assert guard.judge(9, math.nan, False) is None
     assert "first being step 9" in guard.judge(10, 1.0, False)
     assert Guard(GuardSettings()).judge(0, 1e9, True) is None  # spikes are looked for on request
+
+
+def test_a_guard_judges_after_a_restart_at_any_step_as_if_there_had_been_none():
+    settings = GuardSettings(max_skipped=3, loss_spike=3.0, window=4)
+    losses = [1.0, 1.1, math.nan, 1.2, 0.9, 1.3, math.inf, math.nan, 1.0, 9.0, 1.0, math.nan, math.nan, math.nan, 1.0]
+
+    def judged(guard, steps):
+        return [(guard.judge(step, losses[step], math.isfinite(losses[step])), guard.doubtful_from) for step in steps]
+
+    unbroken = TrainState()
+    expected = judged(Guard(settings, unbroken), range(len(losses)))
+    assert [step for step, (why, _) in enumerate(expected) if why] == [9, 13]
+    assert unbroken.recent_losses == [1.3, 1.0, 1.0, 1.0]
+    for cut in range(len(losses)):
+        first = TrainState()
+        before = judged(Guard(settings, first), range(cut))
+        again = TrainState(**json.loads(json.dumps(asdict(first))))
+        assert before + judged(Guard(settings, again), range(cut, len(losses))) == expected
+        assert asdict(again) == asdict(unbroken)
+    smaller = GuardSettings(loss_spike=3.0, window=5)
+    assert Guard(smaller, TrainState(recent_losses=[9.0] * 5 + [1.0] * 5)).judge(10, 9.0, True), "the newest five count"
 
 
 def test_a_jump_is_made_again_when_the_job_was_killed_before_its_next_checkpoint(tmp_path):
@@ -162,6 +185,18 @@ def test_a_run_that_went_back_equals_one_that_was_sent_over_the_same_data(tmp_pa
         assert weights(back).equal(weights(sent)) and back.ema.tensors()[0].equal(sent.ema.tensors()[0])
     finally:
         dist.stop()
+
+
+@pytest.mark.parametrize(("trouble", "guard", "save_every", "to"), [
+    ({4 * G: 1e4}, {"loss_spike": 50.0, "window": 4}, 2, 5), ({4 * G: math.nan}, {"max_skipped": 1}, 2, 5),
+    ({4 * G: math.nan, 5 * G: math.nan}, {"max_skipped": 2}, 1, 6)], ids=["spike", "skipped", "skipped-and-saved"])
+def test_with_one_checkpoint_kept_trouble_right_after_it_goes_back_to_that_one(trouble, guard, save_every, to, tmp_path,
+                                                                              one_thread):
+    with trainers(tmp_path, keep_last=1, save_every=save_every, total_steps=8, name="r", guard=guard,
+                  checkpoint={"asynchronous": False}) as make:  # the checkpoint before is pruned before the next step
+        run = make(objective=Objective(poison=trouble))
+        run.fit()
+        assert run.state.step == 8 and run.state.jumps == [{"step": 4, "seen": 4 * G, "to": to * G}]
 
 
 def test_trouble_before_the_first_checkpoint_is_an_error_that_says_so(tmp_path, one_thread):

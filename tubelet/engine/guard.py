@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections import deque
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -62,44 +61,43 @@ class LossProbe:
 
 
 class Guard:
-    """Judges one finished step after the other from what all ranks know alike, so all ranks judge alike."""
+    """Judges one finished step after the other from what all ranks know alike, so all ranks judge alike.
 
-    def __init__(self, settings: GuardSettings):
-        self.settings = settings
-        self.reset()
+    What it remembers is kept in `state`, and so in every checkpoint: it judges after a restart as if there had been none,
+    and after going back by the losses that led to that checkpoint.
+    """
 
-    def reset(self) -> None:
-        """Forget what was seen: the run begins, or has gone back."""
-        self._losses: deque[float] = deque(maxlen=self.settings.window)
-        self._skipped = 0
+    def __init__(self, settings: GuardSettings, state: TrainState | None = None):
+        self.settings, self.state = settings, TrainState() if state is None else state
         self.first_step = -1
 
     @property
     def doubtful_from(self) -> int | None:
         """The first step of a series of skipped updates that has not ended; None when there is none."""
-        return self.first_step if self._skipped else None
+        return self.state.skipping_from if self.state.skipping_from >= 0 else None
 
     def judge(self, step: int, loss: float, applied: bool) -> str | None:
         """Why to go back after step `step` (counted from 0), None = all is well.
 
         `loss` is the mean over all ranks. `first_step` then tells where the trouble began.
         """
+        state, window = self.state, self.settings.window
         if not applied or not math.isfinite(loss):
-            self._skipped += 1
-            self.first_step = step if self._skipped == 1 else self.first_step
-            if self._skipped >= self.settings.max_skipped:
-                return (f"the loss or its gradient was not finite in {self._skipped} step(s) in a row, the first being step "
+            state.skipping_from = self.first_step = step if state.skipping_from < 0 else state.skipping_from
+            skipped = step - self.first_step + 1
+            if skipped >= self.settings.max_skipped:
+                return (f"the loss or its gradient was not finite in {skipped} step(s) in a row, the first being step "
                         f"{self.first_step} (guard.max_skipped={self.settings.max_skipped})")
             return None
-        self._skipped = 0
+        state.skipping_from = -1
         limit = self.settings.loss_spike
-        if limit is not None and len(self._losses) == self.settings.window:
-            usual = statistics.median(self._losses)
+        if limit is not None and len(state.recent_losses) >= window:  # more when a restart has made the window smaller
+            usual = statistics.median(state.recent_losses[-window:])
             if usual > 0 and loss > limit * usual:
                 self.first_step = step
                 return (f"the loss of step {step} was {loss:.4g}, {loss / usual:.1f} times the median {usual:.4g} of the "
-                        f"{self.settings.window} before it (guard.loss_spike={limit:g})")
-        self._losses.append(loss)
+                        f"{window} before it (guard.loss_spike={limit:g})")
+        state.recent_losses = [*state.recent_losses, loss][-window:]
         return None
 
 

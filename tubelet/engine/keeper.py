@@ -75,7 +75,8 @@ class Keeper:
                            attempt=run.attempt.number if run.attempt else 0, claim=run.claim,
                            timeout_seconds=0.8 * settings.save_timeout_seconds)  # before the other ranks give up
         self.doubtful_from: int | None = None
-        """The step from which on updates are in doubt: the newest checkpoint below it is not pruned. None = all is well."""
+        """The step from which on updates are in doubt: the newest checkpoint below it, or of it, is not pruned.
+        None = all is well."""
         self.saved_step = -1
         self.saved_at = time.monotonic()
         self.longest_seconds = 0.0
@@ -84,6 +85,7 @@ class Keeper:
         """The run goes on from its own checkpoint of `state.step`. If that one was judged the best only after it had been
         written (by a start that found it there, unevaluated), the record knows and the state in it does not."""
         self.saved_step = state.step
+        self.doubtful_from = state.skipping_from if state.skipping_from >= 0 else None
         recorded = dist.broadcast(dist.together(lambda: read_best(self.target) if self.engine.world.rank == 0 else None))
         if recorded and recorded["step"] == state.step and self.settings.checkpoint.best is not None \
                 and recorded["metric"] == self.settings.checkpoint.best.metric:
@@ -140,19 +142,23 @@ class Keeper:
                     raise
         protect = []
         if self.doubtful_from is not None:  # where the run would go back to
-            protect = [path for path in published(self.target) if step_of(path) < self.doubtful_from][-1:]
+            there = [path for path in published(self.target) if step_of(path) <= self.doubtful_from]
+            protect = ([path for path in there if step_of(path) < self.doubtful_from] or there)[-1:]
         prune(self.target, keep_last=settings.keep_last, keep_every=settings.keep_every, protect=protect,
               keep_milestones=settings.keep_milestones, idle=self.saver.in_flight is None,
               before_delete=self.run.check_current)
 
-    def before(self, step: int) -> tuple[Path, TrainState]:
-        """The newest checkpoint below `step` that verifies, and its state. Raises `CheckpointError` when there is none."""
-        folder, notes = choose(self.target, before=step)
-        if folder is None:
-            raise CheckpointError(f"There is no checkpoint before step {step} to go back to. {' '.join(notes)}".rstrip(),
-                                  "a smaller save_every, a smaller learning rate or a longer warm-up; the data of the steps "
-                                  f"is named in {self.run.folder / 'events.jsonl'}")
-        return folder, TrainState(**read_manifest(folder)["state"])
+    def before(self, *steps: int) -> tuple[Path, TrainState]:
+        """The newest checkpoint that verifies and is below the first of `steps`, or else below the next one, and its state.
+        Raises `CheckpointError` when there is none."""
+        notes: list[str] = []
+        for step in dict.fromkeys(steps):
+            folder, notes = choose(self.target, before=step)
+            if folder is not None:
+                return folder, TrainState(**read_manifest(folder)["state"])
+        raise CheckpointError(f"There is no checkpoint before step {steps[-1]} to go back to. {' '.join(notes)}".rstrip(),
+                              "a smaller save_every, a smaller learning rate or a longer warm-up; the data of the steps "
+                              f"is named in {self.run.folder / 'events.jsonl'}")
 
     def went_back(self, state: TrainState) -> list[str]:
         """Checkpoints after `state.step` are no longer this run's: they are set aside. Returns their names."""

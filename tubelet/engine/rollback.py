@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from tubelet import dist
 from tubelet.engine.checkpoint.load import FROM_SETTINGS, restore
 from tubelet.engine.digest import DigestFile
-from tubelet.engine.guard import record_jump
+from tubelet.engine.guard import Guard, record_jump
 from tubelet.engine.state import TrainState
 from tubelet.errors import RunError, TubeletError
 
@@ -51,15 +51,15 @@ def go_back(trainer: Trainer, reason: str) -> None:
 
 
 def _checkpoint_before(trainer: Trainer, trouble: int, reason: str) -> tuple[Path, TrainState]:
-    """The newest good checkpoint from before the trouble; an older one each time that the run went back in vain."""
+    """The newest good checkpoint from before the trouble; an older one each time that the run went back in vain. When
+    nothing older is left (`keep_last` is small): once more from the same one, or the one that the step of the trouble began
+    with. It may be what caused the trouble, but it does not hold that step's update."""
     state = trainer.state
-    earlier = state.jumps[-1]["step"] if state.rollbacks and state.jumps else trouble + 1
+    earlier = state.jumps[-1]["step"] if state.rollbacks and state.jumps else trouble
     try:
-        return trainer.keeper.before(min(trouble, earlier))
+        return trainer.keeper.before(min(trouble, earlier), trouble, trouble + 1)
     except TubeletError as error:
-        if not state.rollbacks:
-            raise type(error)(f"Training does not go on: {reason}. {error.problem}", error.hint) from None
-        return trainer.keeper.before(trouble)  # nothing older is left: once more from the same one
+        raise type(error)(f"Training does not go on: {reason}. {error.problem}", error.hint) from None
 
 
 def _remember(trainer: Trainer, jump: dict[str, Any]) -> None:
@@ -72,7 +72,7 @@ def _begin_anew(trainer: Trainer, left_at: int) -> None:
     """Everything that knows of the steps up to `left_at` forgets those that were given up."""
     state = trainer.state
     trainer.last_applied = None
-    trainer.guard.reset()
+    trainer.guard = Guard(trainer.settings.guard, state)  # it knows what the run knew at that checkpoint
     trainer.keeper.doubtful_from = None
     trainer.view.rewind(left_at, state.step)
     if trainer.digest:

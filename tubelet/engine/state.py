@@ -28,6 +28,11 @@ class TrainState:
     """The step of the newest evaluation; -1 before the first."""
     best: dict[str, Any] = field(default_factory=dict)
     """The best evaluation so far: {"metric", "value", "step"}; {} before the first and without `checkpoint.best`."""
+    recent_losses: list[float] = field(default_factory=list, compare=False)
+    """Losses of the newest steps that were not skipped, at most `guard.window`: what a loss is compared with. Saved, because
+    a run that starts again or goes back would otherwise not see a spike for as many steps."""
+    skipping_from: int = -1
+    """The first step of a series of skipped updates that has not ended; -1 when there is none."""
 
 
 @dataclass
