@@ -28,6 +28,7 @@ from tubelet import dist, faults, files
 from tubelet.engine import writer
 from tubelet.engine.checkpoint.tensors import Entry, Plan
 from tubelet.errors import CheckpointError
+from tubelet.memory import available_memory
 
 _PAGE = 4096
 _VIEWS = 100_000  # remembered at most
@@ -62,22 +63,6 @@ class Outgoing:
     def text(cls, name: str, text: str, before: str | None = None) -> Outgoing:
         data = text.encode()
         return cls(name, data, size=len(data), before=before)
-
-
-def available_memory() -> int:
-    """Bytes this host, or the container we are in, can still give."""
-    found = []
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-        found += [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")]
-        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
-        if limit != "max":
-            used = int(Path("/sys/fs/cgroup/memory.current").read_text())
-            stats = dict(line.split() for line in Path("/sys/fs/cgroup/memory.stat").read_text().splitlines())
-            found.append(int(limit) - used + int(stats.get("inactive_file", 0)))
-    except (OSError, ValueError):
-        pass
-    return min(found, default=sys.maxsize)
 
 
 def _cuda() -> Any:

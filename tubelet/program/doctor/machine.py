@@ -16,11 +16,11 @@ import psutil
 
 from tubelet import dist
 from tubelet.files import human_bytes
+from tubelet.memory import INFINITE, cgroup_memory_left
 from tubelet.program.doctor.findings import Finding, at_least, at_most, equal, some
 from tubelet.program.doctor.nodes import Node, known
 
 GIB = 2**30
-INFINITE = 1e18  # "no limit" as a number that compares
 HARMFUL = {"CUDA_LAUNCH_BLOCKING": ("1", "every kernel waits for the one before"),
            "NCCL_P2P_DISABLE": ("1", "GPUs of a node exchange through the host's memory"),
            "NCCL_SHM_DISABLE": ("1", "ranks of a node exchange through the network"),
@@ -70,16 +70,6 @@ def _number(path: Path) -> float:
     except OSError:
         return INFINITE
     return float(text) if text.isdigit() else INFINITE
-
-
-def cgroup_memory_left(root: Path = Path("/sys/fs/cgroup")) -> float:
-    """Bytes that the container or the scheduler still allows this process; `INFINITE` without a limit."""
-    for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
-        allowed = _number(root / limit)
-        if allowed < 2**60:  # version 1 writes a huge number for none
-            taken = _number(root / used)
-            return allowed - (taken if taken < INFINITE else 0)
-    return INFINITE
 
 
 def cgroup_cpus(root: Path = Path("/sys/fs/cgroup")) -> float:
