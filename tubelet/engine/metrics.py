@@ -13,18 +13,15 @@ from pathlib import Path
 import torch
 
 from tubelet import dist
-
-# Dense bf16 peaks in TFLOP/s (never the 2:4-sparse figure), from the vendors' data sheets.
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "GH200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0,
-               "L40S": 362.0, "L4": 121.0, "A10": 125.0, "V100": 125.0, "4090": 165.0, "3090": 71.0}
+from tubelet.engine.peaks import PEAK_TFLOPS, gpu_kind
 
 
 def peak_tflops(device: torch.device) -> float | None:
     """Nominal dense bf16 peak of a known GPU, None for CPUs and unknown devices (MFU is then not reported)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for key, peak in PEAK_TFLOPS.items() if key in name), None)
+    kind = gpu_kind(torch.cuda.get_device_name(device))
+    return PEAK_TFLOPS[kind] if kind else None
 
 
 class Meter:
