@@ -4,8 +4,8 @@
 
 On CPUs: tensors alive between steps on 1, 2 and 4 gloo ranks (--quick: 1 and 2), for the plain engine and ZeRO 1 to 3 in
 fp32, amp and bf16, with and without average; at most 5 % off is asked for. On a GPU, where there is one:
-`tubelet plan --calibrate` for ViT-L/16, ViT-L/8 + TokenLearner and ViT-G/14, each in a process of its own; the peak of
-memory may be 10 % off. Without one the record says that it was not measured.
+`tubelet plan --calibrate` for ViT-L/16, ViT-L/8 + TokenLearner and ViT-G/14, without and with recomputation, each in a
+process of its own; the peak of memory may be 10 % off. Without one the record says that it was not measured.
 """
 
 from __future__ import annotations
@@ -82,7 +82,9 @@ def on_gpu(seconds: float) -> list[dict[str, Any]] | None:
             found = json.loads(done.stdout)
             found |= {"title": title, "measured_over_predicted": found["peak_bytes"] / found["predicted_peak_bytes"]}
             rows.append(found)
-            print(f"{title:24s} {found['way']} micro-batch {found['micro_batch_size']}: peak "
+            assert bool(found["recompute"]) == bool(more), "measured was another way than the recipe's"
+            name = found["way"] + (" + recomputation" if more else "")
+            print(f"{title:24s} {name} micro-batch {found['micro_batch_size']}: peak "
                   f"{found['measured_over_predicted']:.3f} of the prediction, MFU {found['mfu']:.1%} "
                   f"(assumed {found['assumed_mfu']:.1%})", flush=True)
     return rows

@@ -8,9 +8,13 @@ import pytest
 from programs import ROOT
 
 from tubelet.console import run_app
+from tubelet.engine.peaks import PEAK_TFLOPS, gpu_kind
 from tubelet.errors import ConfigError
-from tubelet.program.plan.cli import app, program_of
+from tubelet.program.plan.calibrate import _on_one_rank
+from tubelet.program.plan.cli import app, load_settings, program_of
+from tubelet.program.plan.facts import facts_of
 from tubelet.program.plan.gpus import GPUS, find_gpu
+from tubelet.program.settings import parse_command
 
 RECIPE = """\
 run: {name: r, dir: runs}
@@ -113,14 +117,71 @@ def test_the_plain_engine_and_finetuning_are_planned_too(config, capsys):
     assert plan(capsys, config, "--json")[0] == 0
 
 
-def test_a_calibration_is_taken_for_its_gpu_and_model_alone(config, capsys):
-    saved = {"gpu": "h100", "model": "vit_small_patch16_224", "mfu": 0.25, "device": "NVIDIA H100"}
-    (config.parent / "calibration.json").write_text(json.dumps(saved))
+def test_a_calibration_is_taken_for_its_gpu_and_its_job_alone(config, capsys):
+    saved = {"gpu": "h100", "model": "vit_small_patch16_224", "mfu": 0.25, "device": "NVIDIA H100", "engine": "zero",
+             "precision": "bf16", "input_shape": [3, 64, 64], "compile": None, "recompute": None}
+    path = config.parent / "calibration.json"
+    path.write_text(json.dumps(saved))
     mfu = in_json(capsys, config)[1]["speed"]["mfu"]
     assert mfu["value"] == 0.25 and "measured on NVIDIA H100" in mfu["source"]
-    other = in_json(capsys, config, "--gpu", "a100")[1]
-    assert "assumed" in other["speed"]["mfu"]["source"] and any("is not taken" in note for note in other["notes"])
+    for words, why in ((["--gpu", "a100"], "gpu h100 there and a100 here"), (["precision=amp"], "precision bf16 there"),
+                       (["model.img_size=96"], "input_shape 3 x 64 x 64 there and 3 x 96 x 96 here"),
+                       (["compile={}"], "compile off there and backend=inductor"),
+                       (["activation_checkpointing={mode: selective}"], "recompute off there and mode=selective")):
+        other = in_json(capsys, config, *words)[1]
+        assert "assumed" in other["speed"]["mfu"]["source"]
+        assert any("is not taken" in note and why in note for note in other["notes"]), (words, other["notes"])
     assert in_json(capsys, config, "--mfu", "0.5")[1]["speed"]["mfu"]["value"] == 0.5
+    path.write_text(json.dumps({key: saved[key] for key in ("gpu", "model", "mfu", "device")}))
+    assert any("precision not recorded there" in note for note in in_json(capsys, config)[1]["notes"])
+
+
+def test_mfu_is_what_a_run_logs_whether_blocks_are_recomputed_or_not(config, capsys):
+    """A run divides the model's own FLOPs by time and peak (Meter.read), whatever it computes twice."""
+    words = [config, "--gpu", "h100", "--gpus-per-node", 8, "model.name=ViT-B/16", "model.img_size=224", "--gpu-memory", 2.1]
+    full = "activation_checkpointing={mode: full}"
+
+    def predicted(*more):
+        found = in_json(capsys, *words, *more)[1]
+        assert found["chosen"]["recompute"], "memory is short: every one of these jobs recomputes"
+        speed = found["speed"]
+        seen = 256 * found["flops_per_sample"] / 8 / speed["compute"] / 989e12
+        assert speed["mfu"]["value"] == pytest.approx(seen) and speed["hfu"] == pytest.approx(seen * 4 / 3)
+        return seen, speed
+
+    assumed, speed = predicted(full)
+    assert speed["hfu"] == pytest.approx(0.32) and assumed == pytest.approx(0.24)
+    assert predicted(full, "--mfu", 0.3)[0] == pytest.approx(0.3)
+    less, speed = predicted("--mfu", 0.3)  # of a config that recomputes nothing, and this way does
+    assert less == pytest.approx(0.3 * 3 / 4) and "recomputes more" in speed["mfu"]["source"]
+
+
+def test_what_is_calibrated_is_the_configs_own_way(config):
+    """Eighty GB would hold this model without recomputation and at stage 1: neither is a reason to measure that."""
+    option = "activation_checkpointing={mode: %s}"
+    for words, recompute, stage in ((["zero.stage=3", option % "full"], "full", 3), ([option % "selective"], "selective", 1),
+                                    ([], None, 1)):
+        settings = load_settings(parse_command([str(config), *words]))
+        own = _on_one_rank(settings, facts_of(settings.model, settings.optimizer), GPUS["h100"])
+        assert own.zero.stage == stage and (own.activation_checkpointing and own.activation_checkpointing.mode) == recompute
+        assert own.micro_batch_size == 256 == own.global_batch_size, "the largest micro-batch that fits"
+    settings = load_settings(parse_command([str(config), "micro_batch_size=32"]))
+    own = _on_one_rank(settings, facts_of(settings.model, settings.optimizer), GPUS["h100"])
+    assert (own.micro_batch_size, own.global_batch_size) == (32, 64), "the config's, where it has one"
+
+
+def test_gpus_are_known_by_whole_words_of_their_names():
+    names = {"NVIDIA H100 80GB HBM3": ("h100", 989), "NVIDIA H100 PCIe": ("h100-pcie", 756),
+             "NVIDIA H100 NVL": ("h100-nvl", 835), "NVIDIA H200": ("h200", 989), "NVIDIA GH200 480GB": ("gh200", 990),
+             "NVIDIA A100-SXM4-80GB": ("a100", 312), "NVIDIA A100 80GB PCIe": ("a100", 312),
+             "NVIDIA A100-SXM4-40GB": ("a100-40", 312), "NVIDIA A100-PCIE-40GB": ("a100-40", 312),
+             "NVIDIA L40": ("l40", 181), "NVIDIA L40S": ("l40s", 362), "NVIDIA L4": ("l4", 121), "NVIDIA A10": ("a10", 125),
+             "NVIDIA B200": ("b200", 2250), "NVIDIA GeForce RTX 4090": ("rtx4090", 165),
+             "Tesla V100-SXM2-32GB": ("v100", 125)}
+    for name, (kind, peak) in names.items():
+        assert gpu_kind(name) == kind and PEAK_TFLOPS[kind] == peak == find_gpu(kind).peak_tflops, name
+    for name in ("NVIDIA H20", "NVIDIA A10G", "NVIDIA GeForce RTX 4090 D", "NVIDIA H100 80GB HBM3 MIG 1g.10gb"):
+        assert gpu_kind(name) is None, name
 
 
 def test_local_shards_give_lanes_bytes_and_the_length_of_an_epoch(config, capsys):
@@ -131,12 +192,14 @@ def test_local_shards_give_lanes_bytes_and_the_length_of_an_epoch(config, capsys
 
 
 def test_calibrate_measures_the_real_loop_and_what_it_holds(config, tmp_path):
-    words = ["plan", str(config), "--calibrate", "--seconds", "1", "--json"]
+    words = ["plan", str(config), "activation_checkpointing={mode: full}", "--calibrate", "--seconds", "1", "--json"]
     done = subprocess.run([sys.executable, "-m", "tubelet.cli", *words], capture_output=True, text=True, cwd=tmp_path,
                           env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin",
                                "CUDA_VISIBLE_DEVICES": ""}, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     found = json.loads(done.stdout)
     assert found["steps"] >= 1 and found["samples_per_second"] > 0 and found["mfu"] is None
+    assert found["recompute"] == {"mode": "full", "every": 1} and found["compile"] is None
+    assert found["precision"] == "fp32" and found["input_shape"] == [3, 64, 64] and found["engine"] == "zero"
     assert found["state_bytes"] == pytest.approx(found["predicted_state_bytes"], rel=0.01)
     assert json.loads((tmp_path / "calibration.json").read_text()) == found

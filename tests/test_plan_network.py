@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from tubelet.program.plan.facts import Facts
 from tubelet.program.plan.memory import Memory, Way
-from tubelet.program.plan.speed import traffic
+from tubelet.program.plan.speed import saving, traffic
 
 WIDE = {"zero_optimization": {"stage3_max_live_parameters": 0, "stage3_max_reuse_distance": 0,
                               "stage3_prefetch_bucket_size": 0}}
@@ -77,15 +77,31 @@ def save(world, device, folder):
         engine.close()  # type: ignore[attr-defined]
 
 
-def test_a_checkpoint_weighs_what_is_predicted(tmp_path):
+def test_every_rank_writes_as_much_of_a_checkpoint_as_is_predicted(tmp_path):
     run_ranks(save, 2, tmp_path)
     for number, (model, case) in enumerate(SAVED):
-        own, found = settings(case, 2), 0
+        own, found = settings(case, 2), [0, 0]
         for path in (tmp_path / str(number)).glob("step-*/*.safetensors"):
             with open(path, "rb") as file:
-                found += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
+                rank = int(path.stem.partition("-")[2]) if path.name.startswith("rank-") else 0
+                found[rank] += path.stat().st_size - 8 - int.from_bytes(file.read(8), "little")
         memory = Memory(Facts(make(model, "meta"), own.optimizer), own, Way(*case[:3], 2, 2, gpu=False))
-        assert found == memory.saved_bytes(), case
+        assert found == memory.written_bytes(), case
+
+
+def test_a_checkpoint_takes_as_long_as_the_node_that_writes_most():
+    """Two large tensors on four ranks of two nodes: ranks 0 and 1, one node, write all of it."""
+    model = torch.nn.Sequential(torch.nn.Linear(4096, 4096, bias=False), torch.nn.Linear(4096, 4096, bias=False))
+    own = settings(("plain", 0, "fp32", {}), 4).model_copy(update={"keep_every": 1000, "save_every": 1000})
+    plain = Memory(Facts(model.to("meta"), own.optimizer, (8, 8)), own, Way("plain", 0, "fp32", 4))
+    each = 12 * 4096**2
+    assert plain.written_bytes() == [each, each, 0, 0]
+    found = saving(plain, own, nodes=2, disk_gbps=1.0, total_steps=10_000)
+    assert found.nbytes == 2 * each and found.seconds == pytest.approx(2 * each / 1e9)
+    assert found.stall == pytest.approx(each / 25e9)
+    assert found.kept.count == 3 + 10 + 1 and found.kept_bytes == 14 * found.nbytes and "keep_every=1000" in found.kept.why
+    sharded = saving(Memory(plain.facts, own, Way("zero", 1, "fp32", 4)), own, nodes=2, disk_gbps=1.0, total_steps=None)
+    assert sharded.seconds == pytest.approx(sharded.nbytes / 2e9) and not sharded.kept.complete
 
 
 def test_bytes_of_a_step_are_what_the_collectives_send():

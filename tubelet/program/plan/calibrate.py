@@ -1,7 +1,7 @@
 """A minute of the real thing on one device: the engine, the objective and the loop on random batches, against the plan.
 
-The job is the config's on one rank: same model, optimizer, precision and recomputation, a micro-batch that fits, at most two
-micro-batches a step. The data is made up beforehand, so the loader costs nothing.
+The job is the config's on one rank: same model, optimizer, precision, stage and recomputation, a micro-batch that fits, at
+most two micro-batches a step. The data is made up beforehand, so the loader costs nothing.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import io
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,16 +22,18 @@ from tubelet import dist
 from tubelet.batching import divisors, micro_batch_multiple
 from tubelet.console import print_table
 from tubelet.engine.build import build_engine, resolve_precision
+from tubelet.engine.peaks import gpu_kind
 from tubelet.engine.protocol import Batch
 from tubelet.engine.settings import LogSettings
 from tubelet.engine.signals import StopFlag
 from tubelet.engine.trainer import Beginning, Trainer
 from tubelet.models.build import build_model, model_cfg
 from tubelet.objectives.classification import Classification
-from tubelet.program.plan.choose import Geometry, budget, gib, needed_bytes, options, pick
+from tubelet.program.plan.choose import Geometry, budget, gib, needed_bytes, option_of
 from tubelet.program.plan.count import living_bytes
 from tubelet.program.plan.facts import Facts, facts_of
-from tubelet.program.plan.gpus import ALIASES, GPUS, Gpu
+from tubelet.program.plan.gpus import GPUS, Gpu
+from tubelet.program.plan.measured import what_decides
 from tubelet.program.plan.memory import Memory, Way
 from tubelet.program.plan.speed import choose_mfu, recomputed
 from tubelet.program.settings import ProgramSettings
@@ -64,18 +67,14 @@ def calibrate(settings: ProgramSettings, seconds: float) -> dict[str, Any]:
 
 def _this_gpu() -> Gpu | None:
     """The device at hand as the table has it, with the memory it really has; None for one that is not there."""
-    name = torch.cuda.get_device_name(0).lower().replace(" ", "")
-    key = next((word for word in sorted((*GPUS, *ALIASES), key=len, reverse=True) if word.replace("-", "") in
-                name.replace("-", "")), None)
-    if key is None:
-        return None
-    gpu = GPUS[ALIASES.get(key, key)]
+    kind = gpu_kind(torch.cuda.get_device_name(0))
     total = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return Gpu(gpu.name, total, gpu.bf16_tflops, gpu.fp32_tflops, gpu.hbm_gbps, gpu.link_gbps, gpu.network_gbps, gpu.hopper)
+    return replace(GPUS[kind], memory_gib=total) if kind in GPUS else None
 
 
 def _on_one_rank(settings: ProgramSettings, facts: Facts, gpu: Gpu | None) -> ProgramSettings:
-    """The job on one rank: the way that a plan picks on a GPU, as it is with a few samples on a CPU."""
+    """The job on one rank, with the largest micro-batch that should fit on a GPU and with a few samples on a CPU. Nothing
+    else is chosen: what is measured is the config's own way, not one that a plan would prefer."""
     multiple = micro_batch_multiple(in_pairs(settings.data.augment), settings.data.repeats)
     quiet_log = LogSettings(tensorboard=False, communication_every=None)
     own = settings.model_copy(update={"log": quiet_log, "digest": False, "total_steps": 10**6, "epochs": None,
@@ -84,10 +83,11 @@ def _on_one_rank(settings: ProgramSettings, facts: Facts, gpu: Gpu | None) -> Pr
     if gpu is None:
         micro = max([m for m in fitting if m <= CPU_MICRO], default=fitting[0])
     else:
-        found = pick(options(facts, own, Geometry(1, 1), gpu, margin=0.08, multiple=multiple), fitting[-1])
-        micro = found.micro if found else fitting[0]
-        own = own.model_copy(update={"zero": found.settings.zero, "activation_checkpointing": found.recompute}
-                             ) if found else own
+        stage = own.zero.stage if own.engine == "zero" else 0
+        found = option_of(facts, own, Geometry(1, 1), gpu, stage, own.activation_checkpointing, 0.08, multiple)
+        micro = found.micro or fitting[0]
+        if own.micro_batch_size != "auto":
+            micro = max([m for m in fitting if m <= min(micro, int(own.micro_batch_size))], default=fitting[0])
     several = 2 if settings.global_batch_size >= 2 * micro else 1
     return own.model_copy(update={"global_batch_size": several * micro, "micro_batch_size": micro})
 
@@ -99,6 +99,7 @@ class MadeUp:
     size = 1 << 30
 
     def __init__(self, micro: int, shape: tuple[int, ...], num_classes: int, device: torch.device):
+        self.give_up: Callable[[], bool] = lambda: False
         draw = torch.Generator().manual_seed(0)
         pixels = torch.randint(0, 256, (micro, *shape), dtype=torch.uint8, generator=draw)
         labels = torch.randint(max(1, num_classes), (micro,), generator=draw)
@@ -175,16 +176,18 @@ def _compared(own: ProgramSettings, facts: Facts, gpu: Gpu | None, micro: int, m
     way = Way(own.engine, own.zero.stage if own.engine == "zero" else 0, precision, 1, several, measured["peak"] is not None)
     memory = Memory(facts, own, way)
     rate = own.global_batch_size * measured["steps"] / measured["seconds"]
-    mfu = rate * facts.flops / (gpu.peak(precision) * 1e12) if gpu else None
+    peak = own.peak_tflops or (gpu.peak_tflops if gpu else None)
+    mfu = rate * facts.flops / (peak * 1e12) if peak else None
     assumed = choose_mfu(facts, own, gpu, precision).value if gpu else None
-    expected = (assumed * gpu.peak(precision) * 1e12 / facts.flops / recomputed(own)) if gpu and assumed else None
-    mfu = mfu * recomputed(own) if mfu else None  # of a step that recomputes nothing, as `--mfu` means it
+    expected = assumed * peak * 1e12 / facts.flops if assumed and peak else None
     return {
-        "device": measured["device"], "gpu": gpu.name if gpu else None, "model": own.model.name, "way": way.name,
-        "precision": precision, "micro_batch_size": micro, "global_batch_size": own.global_batch_size,
+        "device": measured["device"], "gpu": gpu.name if gpu else None,
+        **what_decides(own, facts.input_shape, precision), "way": way.name,
+        "micro_batch_size": micro, "global_batch_size": own.global_batch_size,
         "steps": measured["steps"], "step_seconds": measured["seconds"] / measured["steps"],
         "samples_per_second": rate, "predicted_samples_per_second": expected, "gflops": rate * facts.flops / 1e9,
-        "mfu": mfu, "assumed_mfu": assumed, "state_bytes": measured["state"],
+        "mfu": mfu, "assumed_mfu": assumed, "hfu": mfu * recomputed(own) if mfu else None,
+        "assumed_hfu": assumed * recomputed(own) if assumed else None, "state_bytes": measured["state"],
         "predicted_state_bytes": memory.state().total, "peak_bytes": measured["peak"],
         "predicted_peak_bytes": needed_bytes(memory, facts.activations(precision, own.activation_checkpointing), micro)
         if measured["peak"] is not None else None, "budget_bytes": budget(gpu, 0.08) if gpu else None}
@@ -198,11 +201,13 @@ def show_calibration(found: dict[str, Any]) -> None:
         return [what, text(predicted) if predicted else "-", text(measured) if measured else "-", ratio]
 
     print_table(
-        f"{found['model']} on {found['device']}: {found['way']} in {found['precision']}, micro-batch "
+        f"{found['model']} on {found['device']}: {found['way']}{' + recomputation' if found['recompute'] else ''} in "
+        f"{found['precision']}, micro-batch "
         f"{found['micro_batch_size']}, {found['steps']} steps of {found['global_batch_size']}",
         ["", "predicted", "measured", "measured / predicted"],
         [row("samples a second", found["predicted_samples_per_second"], found["samples_per_second"], lambda x: f"{x:,.2f}"),
          row("MFU", found["assumed_mfu"], found["mfu"], lambda x: f"{x:.1%}"),
+         *([row("HFU", found["assumed_hfu"], found["hfu"], lambda x: f"{x:.1%}")] if found["recompute"] else []),
          row("GFLOP/s", None, found["gflops"], lambda x: f"{x:,.1f}"),
          row("seconds a step", None, found["step_seconds"], lambda x: f"{x:.4f}"),
          row("GiB between steps", found["predicted_state_bytes"], found["state_bytes"], gib),

@@ -85,18 +85,19 @@ def options(facts: Facts, settings: EngineSettings, where: Geometry, gpu: Gpu, *
     """Every stage (or the plain engine), without and with recomputation, each with its largest micro-batch."""
     stages = [0] if settings.engine == "plain" else [1, 2, 3]
     recompute = settings.activation_checkpointing or ActivationCheckpointing()
-    return [_option(facts, settings, where, gpu, stage, kind, margin, multiple)
+    return [option_of(facts, settings, where, gpu, stage, kind, margin, multiple)
             for kind in (None, recompute) for stage in stages]
 
 
-def _option(facts: Facts, settings: EngineSettings, where: Geometry, gpu: Gpu, stage: int,
-            recompute: ActivationCheckpointing | None, margin: float, multiple: int) -> Option:
+def option_of(facts: Facts, settings: EngineSettings, where: Geometry, gpu: Gpu, stage: int,
+              recompute: ActivationCheckpointing | None, margin: float, multiple: int) -> Option:
+    """One way (stage 0 = the plain engine) with its largest micro-batch."""
     own = settings.model_copy(update={
         "activation_checkpointing": recompute, "zero": settings.zero.model_copy(update={"stage": stage or 1})})
     way = Way(own.engine, stage, "fp32", where.world)
     try:
         way = Way(own.engine, stage, check_precision(facts.module, own, torch.device("cuda")), where.world)
-        gpu.peak(way.precision)
+        gpu.check(way.precision)
         check_optimizer(own)
         for problem in check_combination(own, facts.module, torch.device("cuda")):
             raise problem

@@ -24,11 +24,12 @@ def plan(
     config: Annotated[str, typer.Argument(help="a config of pretrain or finetune; key=value and --tiny as there")],
     nodes: Annotated[int, typer.Option(min=1, help="nodes")] = 1,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs of a node, one rank each")] = 8,
-    gpu: Annotated[str, typer.Option(help="h100, h100-pcie, h200, b200, a100, a100-40, l40s, l4, a10, v100, rtx4090, "
-                                          "rtx3090")] = "h100",
+    gpu: Annotated[str, typer.Option(help="h100, h100-pcie, h100-nvl, h200, h200-nvl, gh200, b200, a100, a100-40, l40s, "
+                                          "l40, l4, a10, v100, rtx4090, rtx3090")] = "h100",
     gpu_memory: Annotated[float | None, typer.Option(min=1, help="GiB of a GPU, instead of the table's")] = None,
     margin: Annotated[float, typer.Option(help="share of memory left for fragmentation")] = 0.08,
-    mfu: Annotated[float | None, typer.Option(min=0.01, max=1, help="share of the peak, instead of an assumed one")] = None,
+    mfu: Annotated[float | None, typer.Option(min=0.01, max=1, help="what a run of this config logs as perf/mfu, instead of "
+                                                   "an assumed share of the peak")] = None,
     calibration: Annotated[Path, typer.Option(help="what --calibrate writes; read when it is there")]
     = Path("calibration.json"),
     network_gbps: Annotated[float | None, typer.Option(min=0.01, help="GB/s that a node sends to others")] = None,
@@ -56,14 +57,13 @@ def plan(
     _quiet_deepspeed()
     from tubelet.program.plan.choose import Geometry
     from tubelet.program.plan.make import Assumed, make_plan
-    from tubelet.program.plan.measured import read_calibration
     from tubelet.program.plan.show import as_json as to_json
     from tubelet.program.plan.show import show
+    from tubelet.program.plan.speed import Mfu
 
-    known, why = read_calibration(calibration, settings, card) if mfu is None else (None, "")
+    given = Mfu(mfu, "given by --mfu") if mfu is not None else None
     found = make_plan(settings, card, Geometry(nodes, gpus_per_node), Assumed(
-        mfu, known, network_gbps, disk_gbps, cores, images_per_core, margin))
-    found.notes += [why] if why else []
+        given, calibration, network_gbps, disk_gbps, cores, images_per_core, margin))
     if as_json:
         print(json.dumps(to_json(found), indent=1))
     else:
@@ -110,4 +110,4 @@ def _calibrate(settings: ProgramSettings, path: Path, seconds: float, as_json: b
         show_calibration(found)
     path.write_text(json.dumps(found, indent=1) + "\n")
     if not as_json:
-        print(f"\n{path} written: `tubelet plan` takes its MFU where GPU and model agree")
+        print(f"\n{path} written: `tubelet plan` takes its MFU for the same job on the same GPU")

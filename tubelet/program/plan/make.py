@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from data_pipelines.mix import in_pairs
 from tubelet.batching import micro_batch_multiple
@@ -12,6 +13,7 @@ from tubelet.program.plan.choose import Geometry, Option, as_given, memory_at, o
 from tubelet.program.plan.facts import Facts, facts_of
 from tubelet.program.plan.feed import Feed, feed_of
 from tubelet.program.plan.gpus import Gpu
+from tubelet.program.plan.measured import read_calibration
 from tubelet.program.plan.speed import Mfu, Saving, Speed, choose_mfu, saving, speed, total_steps
 from tubelet.program.settings import ProgramSettings, micro_batch_of
 
@@ -20,8 +22,10 @@ from tubelet.program.settings import ProgramSettings, micro_batch_of
 class Assumed:
     """What a plan takes from the command line instead of its tables."""
 
-    mfu: float | None = None
-    calibrated: Mfu | None = None
+    mfu: Mfu | None = None
+    """Of the config as it stands; None: a calibration's, or the table's."""
+    calibration: Path | None = None
+    """What `--calibrate` wrote, or will."""
     network_gbps: float | None = None
     """GB/s that a node sends to others."""
     disk_gbps: float = 2.0
@@ -75,7 +79,7 @@ def make_plan(settings: ProgramSettings, gpu: Gpu, where: Geometry, assumed: Ass
     micro = micro_batch_of(settings, where.world)
     facts = facts_of(settings.model, settings.optimizer)
     given = as_given(facts, settings, where, micro)
-    gpu.peak(given.way.precision)
+    gpu.check(given.way.precision)
     multiple = micro_batch_multiple(in_pairs(settings.data.augment), settings.data.repeats)
     found = options(facts, settings, where, gpu, margin=assumed.margin, multiple=multiple)
     share = settings.global_batch_size // where.world
@@ -83,15 +87,19 @@ def make_plan(settings: ProgramSettings, gpu: Gpu, where: Geometry, assumed: Ass
     network = assumed.network_gbps or gpu.network_gbps * where.gpus_per_node / 8
     plan = Plan(settings, facts, gpu, where, assumed.margin, network, assumed.disk_gbps, found, given, chosen,
                 reasons(found, chosen, gpu, assumed.margin, share))
+    known, why = assumed.mfu, ""
+    if known is None and assumed.calibration is not None:
+        known, why = read_calibration(assumed.calibration, settings, gpu, facts.input_shape, given.way.precision)
     if chosen is not None:
-        _predict(plan, chosen, assumed)
+        _predict(plan, chosen, assumed, known)
+    plan.notes += [why] if why else []
     return plan
 
 
-def _predict(plan: Plan, chosen: Option, assumed: Assumed) -> None:
+def _predict(plan: Plan, chosen: Option, assumed: Assumed, known: Mfu | None) -> None:
     settings, facts, own = plan.settings, plan.facts, chosen.settings
     memory = memory_at(facts, own, chosen.way, chosen.micro)
-    mfu = choose_mfu(facts, own, plan.gpu, chosen.way.precision, given=assumed.mfu, calibrated=assumed.calibrated)
+    mfu = choose_mfu(facts, own, plan.gpu, chosen.way.precision, known=known, known_of=settings)
     plan.speed = speed(facts, own, memory, plan.gpu, mfu, nodes=plan.where.nodes, network_gbps=plan.network_gbps)
     plan.feed = feed_of(settings, nodes=plan.where.nodes, gpus_per_node=plan.where.gpus_per_node,
                         samples_per_second=plan.speed.samples_per_second, micro=chosen.micro, cores=assumed.cores,

@@ -161,7 +161,11 @@ class Memory:
 
     def moment_kinds(self) -> list[Moment]:
         """The optimizer's state tensors of this rank."""
-        name, elements = self.settings.optimizer.name, sum(self.flats())
+        return self._moments(self.facts.trained, sum(self.flats()))
+
+    def _moments(self, items: list[Weight], elements: int) -> list[Moment]:
+        """Those of flat tensors that hold these parameters in so many elements, padding included."""
+        name = self.settings.optimizer.name
         if name in ("adamw", "adam", "lamb"):
             return [Moment("exp_avg", FP32 * elements), Moment("exp_avg_sq", FP32 * elements)]
         if name == "lion":
@@ -169,7 +173,7 @@ class Memory:
         if name == "sgd":  # timm keeps none without momentum, but for layer-wise rates, which begin it all the same
             kept = self.settings.optimizer.momentum or self.settings.optimizer.layer_decay < 1
             return [Moment("momentum_buffer", FP32 * elements)] if kept else []
-        return [Moment("exp_avg", 2 * elements), Moment("exp_avg_sq", sum(map(_factored, self.facts.trained)))]
+        return [Moment("exp_avg", 2 * elements), Moment("exp_avg_sq", sum(map(_factored, items)))]
 
     def _types(self) -> list[int]:
         """Bytes of an element of each bucket: of the types that gradients are sent in."""
@@ -233,12 +237,26 @@ class Memory:
 
     # ------------------------------------------------------------------------------------------- a checkpoint
 
-    def saved_bytes(self) -> int:
-        """Bytes of the tensors in one checkpoint, of all ranks together (headers and JSON apart)."""
-        ranks = 1 if self.way.engine == "plain" else self.way.world
-        flats = FP32 * sum(self.flats()) * (2 if self.settings.ema else 1)
-        own = flats + sum(kind.nbytes for kind in self.moment_kinds())
-        return ranks * own + FP32 * sum(item.numel for item in self.facts.frozen) + self.facts.saved_buffer_bytes
+    def written_bytes(self) -> list[int]:
+        """Bytes of the tensors in one checkpoint by the rank that writes them (headers and JSON apart).
+
+        Under ZeRO every rank writes what it holds. In the plain engine, where all hold everything, tensor i is written by
+        rank i mod W (`layout.Whole`), so few large tensors are not shared evenly. Rank 0 writes what is not trained too.
+        """
+        world = self.way.world
+        if self.way.engine == "plain":
+            written = [0] * world
+            for number, item in enumerate(self.facts.trained):
+                written[number % world] += self._saved_of([item], item.numel)
+        else:
+            written = [self._saved_of(self.facts.trained, sum(self.flats()))] * world
+        written[0] += FP32 * sum(item.numel for item in self.facts.frozen) + self.facts.saved_buffer_bytes
+        return written
+
+    def _saved_of(self, items: list[Weight], elements: int) -> int:
+        """Masters, moments and average of flat tensors with so many elements."""
+        flats = FP32 * elements * (2 if self.settings.ema else 1)
+        return flats + sum(kind.nbytes for kind in self._moments(items, elements))
 
 
 @dataclass(frozen=True)

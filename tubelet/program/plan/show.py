@@ -78,6 +78,8 @@ def _run_rows(plan: Plan) -> Iterable[list[str]]:
     yield ["speed", f"{speed.samples_per_second:,.0f} {unit}/s ({speed.samples_per_second / plan.where.world:,.1f} a GPU), "
                     f"{seconds(speed.step)} a step"]
     yield ["MFU", f"{speed.mfu.value:.1%}: {speed.mfu.source}"]
+    if chosen.recompute:
+        yield ["HFU", f"{speed.hfu:.1%}: with what is recomputed, which `perf/mfu` of a run leaves out too"]
     yield ["FLOPs of a step", f"{plan.facts.flops * settings.global_batch_size / 1e12:,.1f} TFLOPs"]
     if plan.total_steps:
         yield ["duration", f"{plan.total_steps:,} steps: {duration(plan.total_steps * speed.step)}, "
@@ -88,7 +90,7 @@ def _run_rows(plan: Plan) -> Iterable[list[str]]:
     saving = plan.saving
     yield ["checkpoint", f"{human_bytes(saving.nbytes)}, {saving.seconds:.1f} s to disk at {plan.disk_gbps:g} GB/s a node, "
                          f"training waits {saving.stall:.2f} s" + (f"; {saving.count:,} of them" if saving.count else "")]
-    yield ["disk", f"{human_bytes(saving.kept_bytes)} for keep_last={settings.keep_last} and the one being written"]
+    yield ["disk", f"{human_bytes(saving.kept_bytes)} for {saving.kept.count:,}: {saving.kept.why}"]
     yield ["data a node", f"{feed.samples_per_second:,.0f} {unit}/s"
            + (f", {human_bytes(feed.bytes_per_second)}/s" if feed.bytes_per_second else "")
            + f": {feed.cores:.1f} cores of {feed.per_core:,.0f} {unit}/s each; {feed.workers} workers in the config"]
@@ -117,7 +119,8 @@ def as_json(plan: Plan) -> dict[str, Any]:
     return {
         "model": plan.settings.model.name, "parameters": plan.facts.parameters,
         "trained_parameters": plan.facts.trained_elements, "flops_per_sample": plan.facts.flops,
-        "gpu": asdict(plan.gpu), "nodes": plan.where.nodes, "gpus_per_node": plan.where.gpus_per_node,
+        "gpu": {**asdict(plan.gpu), "peak_tflops": plan.gpu.peak_tflops},
+        "nodes": plan.where.nodes, "gpus_per_node": plan.where.gpus_per_node,
         "global_batch_size": plan.settings.global_batch_size, "budget_bytes": budget(plan.gpu, plan.margin),
         "options": [_option(option) for option in plan.options], "given": _option(plan.given),
         "chosen": _option(plan.chosen) if plan.chosen else None, "overrides": plan.overrides if plan.chosen else None,

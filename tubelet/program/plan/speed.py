@@ -1,4 +1,5 @@
-"""How long a step takes and what it sends: arithmetic from a share of the peak (MFU) that was measured or is assumed.
+"""How long a step takes and what it sends: arithmetic from a share of the peak (MFU, HFU: gpus.py) that was measured or is
+assumed.
 
 Legend: P trained elements, W ranks, G global batch, n micro-batches a step, e bytes of a parameter while training.
 
@@ -26,9 +27,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from tubelet.engine.checkpoint.kept import Kept, kept_checkpoints
 from tubelet.engine.settings import EngineSettings
 from tubelet.program.plan.facts import Facts
-from tubelet.program.plan.gpus import Gpu, assumed_mfu
+from tubelet.program.plan.gpus import Gpu, assumed_hfu
 from tubelet.program.plan.memory import FP32, Memory
 
 PCIE_GBPS = 25.0
@@ -37,7 +39,7 @@ PCIE_GBPS = 25.0
 
 @dataclass(frozen=True)
 class Mfu:
-    """Model FLOPs utilisation, and where the number is from."""
+    """Model FLOPs utilisation as a run logs it (`perf/mfu`: what is recomputed does not count), and where it is from."""
 
     value: float
     source: str
@@ -66,21 +68,33 @@ class Speed:
     traffic: Traffic
     samples_per_second: float
     mfu: Mfu
+    """Of forward and backward passes and the update: the `perf/mfu` of a run that waits for nobody."""
+    hfu: float
+    """The same with what is recomputed."""
 
     @property
     def step(self) -> float:
         return self.compute + self.exposed
 
 
-def choose_mfu(facts: Facts, settings: EngineSettings, gpu: Gpu, precision: str, *, given: float | None = None,
-               calibrated: Mfu | None = None) -> Mfu:
-    """Given by hand, else measured by `--calibrate`, else assumed."""
-    if given is not None:
-        return Mfu(given, "given by --mfu")
-    if calibrated is not None:
-        return calibrated
-    value, kind = assumed_mfu(gpu, facts.width, facts.convolutional, precision, settings.compile is not None)
-    return Mfu(value, f"assumed for a {kind} on a {gpu.name}; nothing was measured")
+def peak_tflops(settings: EngineSettings, gpu: Gpu) -> float:
+    """What a run measures its MFU against."""
+    return settings.peak_tflops or gpu.peak_tflops
+
+
+def choose_mfu(facts: Facts, settings: EngineSettings, gpu: Gpu, precision: str, *, known: Mfu | None = None,
+               known_of: EngineSettings | None = None) -> Mfu:
+    """Given by hand or measured (`known`, of a job with the settings `known_of`), else assumed. A way that recomputes more
+    or less than that job is taken to have the HFU of it."""
+    if known is None:
+        value, kind = assumed_hfu(gpu, facts.width, facts.convolutional, precision, settings.compile is not None)
+        return Mfu(value * gpu.peak_tflops / peak_tflops(settings, gpu) / recomputed(settings),
+                   f"assumed for a {kind} on a {gpu.name}; nothing was measured")
+    ratio = recomputed(known_of or settings) / recomputed(settings)
+    if ratio == 1:
+        return known
+    return Mfu(known.value * ratio, f"{known.source}: {known.value:.1%} with the config's recomputation, and this way "
+                                    f"recomputes {'less' if ratio > 1 else 'more'}")
 
 
 def recomputed(settings: EngineSettings) -> float:
@@ -120,8 +134,7 @@ def speed(facts: Facts, settings: EngineSettings, memory: Memory, gpu: Gpu, mfu:
     """The predicted step of `settings.global_batch_size` samples."""
     way = memory.way
     each = settings.global_batch_size / way.world
-    ideal = each * facts.flops / (mfu.value * gpu.peak(way.precision) * 1e12)
-    compute = ideal * recomputed(settings)
+    compute = each * facts.flops / (mfu.value * peak_tflops(settings, gpu) * 1e12)
     sent = traffic(memory)
     link = 1e9 * (min(gpu.link_gbps, network_gbps) if nodes > 1 else gpu.link_gbps)
     gradients, weights = sent.gradients / link, sent.weights / link
@@ -132,7 +145,8 @@ def speed(facts: Facts, settings: EngineSettings, memory: Memory, gpu: Gpu, mfu:
         exposed = max(0.0, gradients + weights - compute)
     else:
         exposed = max(0.0, gradients - backward) + weights
-    return Speed(compute, exposed, sent, settings.global_batch_size / (compute + exposed), mfu)
+    return Speed(compute, exposed, sent, settings.global_batch_size / (compute + exposed), mfu,
+                 mfu.value * recomputed(settings))
 
 
 @dataclass(frozen=True)
@@ -146,17 +160,21 @@ class Saving:
     """That training waits."""
     count: int
     """Of the whole run."""
+    kept: Kept
+    """On disk at a time."""
     kept_bytes: int
-    """On disk at a time, by `keep_last`."""
 
 
 def saving(memory: Memory, settings: EngineSettings, *, nodes: int, disk_gbps: float, total_steps: int | None) -> Saving:
-    """Size and time of a checkpoint; `disk_gbps` is what one node writes in GB/s."""
-    nbytes = memory.saved_bytes()
-    seconds = nbytes / (disk_gbps * 1e9 * nodes)
-    stall = nbytes / memory.way.world / (PCIE_GBPS * 1e9) if settings.checkpoint.asynchronous else seconds
+    """Size and time of a checkpoint; `disk_gbps` is what one node writes in GB/s. The node and the rank that write most are
+    waited for."""
+    written = memory.written_bytes()
+    each = len(written) // nodes
+    seconds = max(sum(written[node * each:(node + 1) * each]) for node in range(nodes)) / (disk_gbps * 1e9)
+    stall = max(written) / (PCIE_GBPS * 1e9) if settings.checkpoint.asynchronous else seconds
     count = -(-total_steps // settings.save_every) if total_steps else 0
-    return Saving(nbytes, seconds, stall, count, nbytes * (settings.keep_last + 1))
+    kept = kept_checkpoints(settings, total_steps)
+    return Saving(sum(written), seconds, stall, count, kept, sum(written) * kept.count)
 
 
 def total_steps(settings: EngineSettings, samples: int | None) -> int | None:
