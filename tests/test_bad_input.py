@@ -7,11 +7,15 @@ import socket
 import subprocess
 import tarfile
 import time
+from types import SimpleNamespace
 
 import pytest
 from programs import kill, recipe, rows, run, start, wait_for
 
+from data_pipelines.settings import DataSettings
 from tubelet import dist
+from tubelet.engine.settings import EngineSettings
+from tubelet.program.train import impatient
 
 
 @pytest.fixture(autouse=True)
@@ -98,8 +102,8 @@ def test_a_checkpoint_of_another_model(tmp_path, program, shards):
     said(output, "blocks.3")
 
 
-def test_data_that_is_not_the_checkpoints_is_refused_field_by_field(tmp_path, program, shards):
-    config, _ = recipe(tmp_path, steps=2, save_every=2)
+def test_data_that_is_not_the_checkpoints_is_refused_and_its_order_begun_anew_once(tmp_path, program, shards):
+    config, folder = recipe(tmp_path, steps=2, save_every=2)
     assert program("pretrain", config, f"data.train={shards}", "data.val=[]")[0] == 0
     moved = tmp_path / "moved"
     shutil.copytree(shards, moved)  # another place is fine
@@ -109,9 +113,25 @@ def test_data_that_is_not_the_checkpoints_is_refused_field_by_field(tmp_path, pr
                            "total_steps=4")
     assert code == 1
     said(output, "40", "50", "data.restart_order=true")
-    code, output = program("pretrain", config, "data.train=made-up:photos?n=50&size=40&classes=10", "data.val=[]",
-                           "total_steps=4", "data.restart_order=true")
-    assert code == 0, output
+    for steps in (4, 6):  # a launcher starts the same command again
+        code, output = program("pretrain", config, "data.train=made-up:photos?n=50&size=40&classes=10", "data.val=[]",
+                               f"total_steps={steps}", "data.restart_order=true")
+        assert code == 0, output
+    samples = json.loads((folder / "step-00000006/manifest.json").read_text())["state"]["seen"]
+    assert samples == (6 - 3) * 16  # step 3 was the last with the former data
+    events = [row for row in rows(folder / "events.jsonl") if row["event"] == "data_restarted"]
+    assert [(row["step"], row["samples"]) for row in events] == [(3, 3 * 16)] and events[0]["changes"]
+
+
+def test_time_outs_of_data_that_outlast_those_of_the_other_ranks_are_warned_of():
+    data = SimpleNamespace(workers=4, worker_timeout_seconds=480.0, io_timeout_seconds=300.0)
+    two = dist.World(0, 2, 0, 2)
+    assert not impatient(SimpleNamespace(data=data, timeout_seconds=600.0), two)  # the defaults
+    assert not impatient(SimpleNamespace(data=data, timeout_seconds=60.0), dist.World())
+    said = impatient(SimpleNamespace(data=data, timeout_seconds=400.0), two)
+    assert "data.worker_timeout_seconds=480" in said and "io_timeout" not in said and "Try: timeout_seconds=600" in said
+    defaults = DataSettings(train="made-up:photos?n=9"), EngineSettings(global_batch_size=1, optimizer={"lr": 1.0})
+    assert defaults[0].io_timeout_seconds < defaults[0].worker_timeout_seconds < defaults[1].timeout_seconds
 
 
 def test_a_flipped_byte_in_the_newest_checkpoint_falls_back_to_the_next_and_says_so(tmp_path, program, shards):

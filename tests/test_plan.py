@@ -154,6 +154,6 @@ def test_a_cache_may_grow_by_what_is_free_and_what_it_holds(tmp_path):
 def test_workers_that_still_retry_a_read_do_not_count_as_stalled():
     with pytest.raises(ValueError) as caught:
         DataSettings.model_validate({"train": "x", "io_timeout_seconds": 3600})
-    for word in ("data.worker_timeout_seconds is 1800", "data.io_timeout_seconds 3600", "data.worker_timeout_seconds=7200"):
+    for word in ("data.worker_timeout_seconds is 480", "data.io_timeout_seconds 3600", "data.worker_timeout_seconds=7200"):
         assert word in str(caught.value)
     DataSettings.model_validate({"train": "x", "io_timeout_seconds": 3600, "workers": 0})

@@ -20,7 +20,7 @@ from tubelet.config import Loaded
 from tubelet.engine.build import build_engine
 from tubelet.engine.checkpoint.folder import choose, published
 from tubelet.engine.checkpoint.format import read_manifest
-from tubelet.engine.checkpoint.place import home
+from tubelet.engine.checkpoint.place import check_writable, home
 from tubelet.engine.guard import apply_jumps
 from tubelet.engine.keeper import finish_going_back, target_of
 from tubelet.engine.optim import check_optimizer
@@ -65,6 +65,9 @@ def train(loaded: Loaded[P], world: dist.World, stop: StopFlag) -> dict[str, flo
                   f"{device.type}, micro batch {micro_batch_size} x "
                   f"{settings.global_batch_size // (micro_batch_size * world.size)} x {world.size} = global batch "
                   f"{settings.global_batch_size}\n{said}", flush=True)
+        if told := impatient(settings, world):
+            print(f"warning: {told}" if world.speaks else "", end="\n" if world.speaks else "", flush=True)
+        dist.together(lambda: check_writable(target_of(settings, run)) if world.speaks else None)
         beginning, manifest = decide_beginning(settings, run, micro_batch_size)
         data = build_data(settings, world, micro_batch_size, beginning, manifest, run)
         model = dist.together(lambda: build_model(settings.model, seed=settings.seed))
@@ -120,6 +123,19 @@ def check(settings: ProgramSettings, world: dist.World) -> int:
                      "checkpoint.best=null, or validation data")
     problems.raise_if_any()
     return micro
+
+
+def impatient(settings: ProgramSettings, world: dist.World) -> str:
+    """A sentence when ranks that wait for one with a stuck loader would leave before it says so and all save, else ""."""
+    data = settings.data
+    limits = {"data.worker_timeout_seconds": data.worker_timeout_seconds if data.workers else 0.0,
+              "data.io_timeout_seconds": data.io_timeout_seconds}
+    late = {name: seconds for name, seconds in limits.items() if seconds >= settings.timeout_seconds}
+    if world.size == 1 or not late:
+        return ""
+    said = " and ".join(f"{name}={seconds:g}" for name, seconds in late.items())
+    return (f"{said} is not below timeout_seconds={settings.timeout_seconds:g}: when storage or a loader hangs on one rank, "
+            f"the others leave first and nothing is saved. Try: timeout_seconds={max(late.values()) * 1.25:g}")
 
 
 def check_clips(shape: tuple[int, ...], frames: int) -> tuple[int, ...]:
@@ -216,24 +232,41 @@ class Data:
         self.train.set_colors(cfg["mean"], cfg["std"])
 
 
+def begin_order_anew(beginning: Beginning, run: Run, why: list[str]) -> None:
+    """`data.restart_order`: the run goes on with the first sample of the data it is given now. All ranks call it."""
+    assert beginning.state is not None
+    state, before = beginning.state, beginning.state.seen
+    state.seen = 0
+    beginning.notes = [*beginning.notes, f"data.restart_order=true: the order of samples begins anew at step {state.step} "
+                       f"(the checkpoint stood at sample {before}); later starts go on from where this one gets to"]
+    if run.attempt:
+        run.event("data_restarted", step=state.step, samples=before, changes=why)
+
+
 def build_data(settings: ProgramSettings, world: dist.World, micro_batch_size: int, beginning: Beginning,
                manifest: dict[str, Any], run: Run) -> Data:
     """Loaders that continue the checkpoint's order. Raises `RunError` when the data is not the checkpoint's."""
     model = settings.model
     saved = manifest.get("data", {})
-    recorded = None if settings.data.restart_order else saved.get("recorded")
     device_type = "cuda" if torch.cuda.is_available() else "cpu"
-    loader = dist.together(lambda: TrainLoader(
-        settings.data, seed=settings.seed, img_size=model.img_size, num_classes=model.num_classes,
-        global_batch_size=settings.global_batch_size, micro_batch_size=micro_batch_size, world=world, recorded=recorded,
-        device_type=device_type))
+
+    def build(recorded: dict[str, Any] | None) -> TrainLoader:
+        return dist.together(lambda: TrainLoader(
+            settings.data, seed=settings.seed, img_size=model.img_size, num_classes=model.num_classes,
+            global_batch_size=settings.global_batch_size, micro_batch_size=micro_batch_size, world=world, recorded=recorded,
+            device_type=device_type))
+
+    again = settings.data.restart_order and bool(saved)  # asked for; a launcher repeats the word at every start
+    loader = build(None if again else saved.get("recorded"))
     if beginning.state and saved:
         found = compare_fingerprints(saved["fingerprint"], loader.fingerprint)
-        if found and not settings.data.restart_order:
+        if found and not again:
             raise RunError("The training data is not the checkpoint's, so its samples cannot be continued in order:\n    "
                            + "\n    ".join(found), "restore the data; or data.restart_order=true to start its order anew")
-        if settings.data.restart_order:
-            beginning.state.seen = 0
+        if again and not found and beginning.kind == "resume":  # an earlier start has begun the new order
+            loader = build(saved.get("recorded"))
+        elif again:
+            begin_order_anew(beginning, run, found)
     loader.set_ledger(run.folder, seen=beginning.state.seen if beginning.state else 0)
     val = [dist.together(lambda source=source: EvalLoader(
         source, settings.data, img_size=model.img_size, num_classes=model.num_classes, batch_size=micro_batch_size,
