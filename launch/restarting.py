@@ -27,6 +27,8 @@ class Restarts:
         seconds = request.settings.seconds
         self.end = {} if seconds is None else {END: f"{time.time() + seconds:.0f}"}
         self._newest = self._attempt()
+        self.broken: int | None = None
+        """The rank whose device was the first thing that failed in the last start."""
 
     def _attempt(self) -> int:
         return newest_attempt(self.request.run_folder) if self.request.run_folder else 0
@@ -44,7 +46,9 @@ class Restarts:
             return False
         before, self._newest = self._newest, self._attempt()
         attempt = self._newest if self._newest != before else 0
-        if attempt and first_error.read(folder, attempt):
+        error = first_error.read(folder, attempt) if attempt else None
+        self.broken = int(error["rank"]) if error and error.get("device") else None
+        if error:
             node = ""  # the run knows better where it began
         decision = decide(folder, code, self.request.settings.restart, job=self.job, attempt=attempt, node=node, how=how)
         print(f"launch: {decision.said}", flush=True)

@@ -62,9 +62,10 @@ def _numbers(text: str) -> set[int]:
 
 
 def node_of_error(folder: Path, attempt: int, hosts: Sequence[str], per_node: int) -> str:
-    """The node of the rank that had the first error of its own in this start, as SLURM names it; "" when nobody had one."""
+    """The node of the rank that had the first error of its own in this start, or whose device failed, as SLURM names it; ""
+    when nobody had one."""
     error = first_error.read(folder, attempt) if attempt else None
-    if error is None or int(error["code"]) == EXIT_LOST:
+    if error is None or not first_error.is_of_its_node(error):
         return ""
     place = int(error["rank"]) // per_node
     return hosts[place] if place < len(hosts) else ""

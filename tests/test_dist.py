@@ -9,7 +9,7 @@ import pytest
 from ranks import run_ranks
 
 from tubelet import dist
-from tubelet.errors import ConfigError, DataError
+from tubelet.errors import EXIT_LOST, ConfigError, DataError, DeviceError
 
 LAUNCHERS = {
     "nothing": ({}, (0, 1, 0)),
@@ -17,6 +17,17 @@ LAUNCHERS = {
                  (5, 8, 1)),
     "slurm task": (dict(SLURM_PROCID="3", SLURM_NTASKS="4", SLURM_LOCALID="1", SLURM_JOB_ID="123", SLURM_STEP_ID="0",
                         SLURM_STEP_NODELIST="node[07-09]"), (3, 4, 1)),
+    "slurm task of a smaller step": (dict(SLURM_PROCID="2", SLURM_NTASKS="4", SLURM_STEP_NUM_TASKS="3", SLURM_LOCALID="0",
+                                          SLURM_JOB_ID="123", SLURM_STEP_ID="0", SLURM_STEP_NODELIST="n[1-2]",
+                                          SLURM_STEP_TASKS_PER_NODE="2,1", SLURM_NTASKS_PER_NODE="2"), (2, 3, 0)),
+    "slurm interactive step": (dict(SLURM_PROCID="0", SLURM_NTASKS="4", SLURM_LOCALID="0", SLURM_JOB_ID="123",
+                                    SLURM_STEP_ID="4294967290", SLURM_NTASKS_PER_NODE="2"), (0, 1, 0)),
+    "mpirun in a slurm interactive step": (dict(SLURM_PROCID="0", SLURM_NTASKS="4", SLURM_LOCALID="0", SLURM_JOB_ID="123",
+                                                SLURM_STEP_ID="4294967290", OMPI_COMM_WORLD_RANK="1",
+                                                OMPI_COMM_WORLD_SIZE="2", OMPI_COMM_WORLD_LOCAL_RANK="1", MASTER_ADDR="h",
+                                                MASTER_PORT="9"), (1, 2, 1)),
+    "srun's shell in an allocation": (dict(SLURM_PROCID="0", SLURM_NTASKS="4", SLURM_STEP_NUM_TASKS="1", SLURM_LOCALID="0",
+                                           SLURM_JOB_ID="123", SLURM_STEP_ID="0", SLURM_STEP_NODELIST="n1"), (0, 1, 0)),
     "slurm shell": (dict(SLURM_PROCID="0", SLURM_NTASKS="4", SLURM_JOB_ID="123", SLURM_JOB_NODELIST="n1"), (0, 1, 0)),
     "open mpi": (dict(OMPI_COMM_WORLD_RANK="2", OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_LOCAL_RANK="0",
                       MASTER_ADDR="h", MASTER_PORT="9"), (2, 4, 0)),
@@ -30,6 +41,11 @@ def test_every_launcher_is_understood(launcher):
     env, expected = LAUNCHERS[launcher]
     world = dist.resolve(env)
     assert (world.rank, world.size, world.local_rank) == expected
+
+
+def test_tasks_of_a_slurm_node_are_those_of_the_step():
+    env = dict(LAUNCHERS["slurm task"][0], SLURM_NTASKS_PER_NODE="8", SLURM_STEP_TASKS_PER_NODE="2(x2)")
+    assert dist.resolve(env).local_size == 2
 
 
 def test_slurm_ranks_meet_on_the_first_host_at_a_port_of_the_job():
@@ -179,10 +195,91 @@ def test_messages_of_nccl_gloo_and_the_store_are_understood(message):
     assert MESSAGES[message] in str(explanation(kind(message), meeting))
 
 
+CUDA = "\nCUDA kernel errors might be asynchronously reported at some other API call"
+NCCL = "NCCL error in: /pytorch/torch/csrc/distributed/c10d/ProcessGroupNCCL.cpp:3690, {}, NCCL version 2.30.7\n"
+OF_DEVICES = {
+    "CUDA error: uncorrectable ECC error encountered" + CUDA: "uncorrectable ECC",
+    "CUDA error: unspecified launch failure" + CUDA: "unspecified launch failure",
+    "CUDA error: uncorrectable NVLink error detected during the execution" + CUDA: "NVLink",
+    "CUDA error: Invalid access of peer GPU memory over nvlink or a hardware error": "hardware error",
+    "CUDA driver error: GPU has fallen off the bus": "off the bus",
+    "CUDA error: CUDA-capable device(s) is/are busy or unavailable" + CUDA: "busy or unavailable",
+    "CUDA error: unknown error" + CUDA: "unknown error",
+    "HIP error: unspecified launch failure": "HIP error",
+    NCCL.format("unhandled cuda error") + "Last error:\nCuda failure 214 'uncorrectable ECC error encountered'": "214",
+}
+
+
+@pytest.mark.parametrize("message", OF_DEVICES, ids=range(len(OF_DEVICES)))
+@pytest.mark.parametrize("claimed", [True, False])
+def test_a_device_that_fails_is_a_loss_that_names_rank_and_host_and_is_said_before_its_consequences(message, claimed):
+    import torch
+    from torch.distributed import DistBackendError
+
+    from tubelet.first_error import seconds_before
+    from tubelet.meeting import Meeting, explanation
+
+    meeting = Meeting({"train": 600}, [("n0", ""), ("n0", ""), ("n7", "")], "train", rank=2)
+    for kind in (DistBackendError,) if "NCCL" in message else (RuntimeError, torch.AcceleratorError):
+        error = explanation(kind(message), meeting if claimed else Meeting(rank=2))
+        assert isinstance(error, DeviceError) and error.exit_code == EXIT_LOST and seconds_before(error, 2) == 0
+        place = "rank 2 on host n7 failed while training: " if claimed else (
+            f"rank 2 on host {socket.gethostname()} failed while starting or ending: ")
+        assert f"The device of {place}" in error.problem and OF_DEVICES[message] in error.problem, error
+        assert "CUDA kernel errors" not in str(error)
+        for part in ("--exclude HOST", "--restart.exclude-failed-node", "nvidia-smi -q", "Xid"):
+            assert part in error.hint
+
+
+def test_who_is_told_that_another_ranks_device_failed_names_that_one_and_lets_it_speak_first():
+    from tubelet.first_error import seconds_before
+    from tubelet.meeting import Meeting, explanation
+
+    told = RuntimeError("Rank 1 failed with AcceleratorError: CUDA error: uncorrectable ECC error encountered" + CUDA)
+    error = explanation(told, Meeting({}, [("n0", ""), ("n7", "")], "save", rank=0))
+    assert error and "The device of rank 1 on host n7 failed while saving" in error.problem
+    assert error.exit_code == EXIT_LOST and seconds_before(error, 0) > 1
+
+
+@pytest.mark.parametrize("said, last", [
+    ("unhandled system error (run with NCCL_DEBUG=INFO for details)", "NET/IB : mlx5_3: port error"),
+    ("unhandled cuda error (run with NCCL_DEBUG=INFO for details)", ""),
+    ("unhandled system error", "It can be caused by unexpected exit of a remote peer, you can check NCCL warnings")])
+def test_a_system_error_of_nccl_is_a_loss_that_waits_for_who_knows_more(said, last):
+    from torch.distributed import DistBackendError
+
+    from tubelet.first_error import seconds_before
+    from tubelet.meeting import Meeting, explanation
+
+    work = "WorkNCCL(SeqNum=2, OpType=ALLREDUCE, NumelIn=1, NumelOut=1, Timeout(ms)=600000) raised an async exception: "
+    for before in ("", work):
+        error = explanation(DistBackendError(before + NCCL.format(said) + f"Last error:\n{last}"),
+                            Meeting({"train": 600}, [("n0", ""), ("n7", "")], "train", rank=1))
+        assert error and error.exit_code == EXIT_LOST and seconds_before(error, 1) > 1
+        assert "NCCL failed on rank 1 on host n7 while training" in error.problem and last in error.problem, error
+        assert "NCCL_DEBUG=WARN" in error.hint and "--restart.exclude-failed-node" in error.hint
+
+
+def test_errors_of_devices_and_of_nccl_that_would_come_again_are_the_programs():
+    import torch
+    from torch.distributed import DistBackendError
+
+    for text in ("out of memory", "device-side assert triggered", "an illegal memory access was encountered",
+                 "no kernel image is available for execution on the device", "invalid device ordinal"):
+        for kind in (RuntimeError, torch.AcceleratorError):
+            assert dist.explain(kind(f"CUDA error: {text}{CUDA}")) is None, text
+        said = NCCL.format("unhandled cuda error") + f"Last error:\nCuda failure '{text}'"
+        assert dist.explain(DistBackendError(said)) is None, text
+    for last in ("Error: failed to extend /dev/shm/nccl-EcdgVa to 33030532 bytes, error: No space left on device (28)",
+                 "Bootstrap : no socket interface found", "Call to ibv_reg_mr failed with error Cannot allocate memory"):
+        assert dist.explain(DistBackendError(NCCL.format("unhandled system error") + f"Last error:\n{last}")) is None, last
+    assert dist.explain(RuntimeError("unspecified launch failure of a rocket")) is None
+
+
 def test_waiting_in_vain_while_starting_names_its_own_setting():
     from tubelet.meeting import Meeting, explanation
 
-    error = RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:133] Timed out waiting 90000ms for recv operation to complete")
+    error = RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:133] Timed out waiting 90000ms for recv operation")
     text = str(explanation(error, Meeting({"": 90, "train": 600})))
     assert "timed out after 90 s while starting or ending (start_timeout_seconds=90)" in text, text
     assert "a higher start_timeout_seconds" in text

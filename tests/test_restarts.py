@@ -8,7 +8,9 @@ import pytest
 from launch.restarts import attempt_of, decide, newest_step
 from launch.settings import RestartSettings
 from launch.slurm_restart import answer, first_failure
-from tubelet.errors import CheckpointError
+from tubelet.errors import CheckpointError, LostError
+from tubelet.meeting import Meeting, explanation
+from tubelet.program.main import report
 
 
 def a_run(folder, *, attempts=1, steps=(), end=None, error=None, job="slurm-7"):
@@ -158,6 +160,26 @@ def test_the_node_of_a_rank_with_an_error_of_its_own_is_named_as_slurm_names_it(
     assert "on g2 a rank failed first (Killed)" in said and "rank 0 on g1: Lost the connection" in said
     (run / "attempts" / "0001.end.json").write_text(json.dumps(SAVED))  # killed when all had saved: no fault of the node
     assert answer(["--per-node=2", "--max-without-progress=9", "--exclude="], env) == "restart"
+
+
+def test_a_device_that_failed_is_a_loss_whose_node_can_be_left_out_and_is_not_restarted_for_ever(
+        tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # a rank that lost another one lets it speak first
+    run = a_run(tmp_path / "r", job="slurm-9")
+    (run / "attempts" / "0001.yaml").touch()
+    told = explanation(RuntimeError("CUDA error: uncorrectable ECC error encountered\nCUDA kernel errors might be ..."),
+                       Meeting({}, [("x", "")] * 4, "train", rank=3))
+    assert told and report(told, 3, run, start=1) == 87
+    assert report(LostError("Lost the connection to rank 3", "read logs"), 0, run, start=1) == 87
+    env = {"TUBELET_RUN": str(run), "TUBELET_CODE": "87", "TUBELET_JOB": "slurm-9", "TUBELET_HOSTS": "g1\ng2",
+           "TUBELET_OUTPUT": "/nonexistent", "SLURM_RESTART_COUNT": "0"}
+    capsys.readouterr()
+    assert answer(["--per-node=2", "--max-without-progress=2", "--exclude=g7"], env) == "restart without g7,g2"
+    said = capsys.readouterr().err
+    assert "rank 3 on g2: error: The device of rank 3 on host x failed while training: CUDA error: uncorrectable ECC" in said
+    assert "keeps off g2" in said
+    assert answer(["--per-node=2", "--max-without-progress=2"], env) == "restart"
+    assert answer(["--per-node=2", "--max-without-progress=2", "--exclude="], env) == "stop 87"
 
 
 def test_a_folder_in_which_nothing_can_be_remembered_is_not_restarted_for_ever(tmp_path):

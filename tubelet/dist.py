@@ -33,9 +33,13 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _RANK = ("RANK", "PMI_RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK")
-_SIZE = ("WORLD_SIZE", "PMI_SIZE", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
+_SIZE = ("WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
 _LOCAL_RANK = ("LOCAL_RANK", "MPI_LOCALRANKID", "SLURM_LOCALID", "OMPI_COMM_WORLD_LOCAL_RANK")
-_LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "SLURM_NTASKS_PER_NODE", "OMPI_COMM_WORLD_LOCAL_SIZE")
+_LOCAL_SIZE = ("LOCAL_WORLD_SIZE", "MPI_LOCALNRANKS", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NTASKS_PER_NODE",
+               "OMPI_COMM_WORLD_LOCAL_SIZE")
+_FIRST_RESERVED_STEP = 0xFFFFFFF0
+"""From here on SLURM's step numbers are no steps of srun: 4294967290 is salloc's shell where a site sets
+`use_interactive_step`, which has the rank 0 and the number of tasks of the whole allocation in its environment."""
 
 EXIT_DIR = "TUBELET_EXIT_DIR"
 """Environment variable: the folder through which `launch local` learns pids and exit codes of its workers."""
@@ -91,10 +95,16 @@ def _first_slurm_host(nodes: str) -> str:
     return prefix + rest.split("]")[0].split(",")[0].split("-")[0]
 
 
+def _in_step(env: Mapping[str, str]) -> bool:
+    """Whether SLURM's srun started this process as one of its tasks."""
+    step = env.get("SLURM_STEP_ID")
+    return step is not None and not (step.isdigit() and int(step) >= _FIRST_RESERVED_STEP)
+
+
 def resolve(env: Mapping[str, str] | None = None) -> World:
     """The place of this process, from its environment. Raises `ConfigError` when the variables contradict each other."""
     env = os.environ if env is None else env
-    if "RANK" not in env and "SLURM_PROCID" in env and "SLURM_STEP_ID" not in env:
+    if "RANK" not in env and "SLURM_PROCID" in env and not _in_step(env):
         env = {k: v for k, v in env.items() if not k.startswith("SLURM_")}  # a shell inside an allocation, not a task
     rank, size = _first(env, _RANK), _first(env, _SIZE)
     if rank is None or size is None:
@@ -143,6 +153,7 @@ def start(world: World, timeout_seconds: float = 600, start_timeout_seconds: flo
     import torch
     import torch.distributed as dist
 
+    _meeting = Meeting(rank=world.rank)  # a device may fail before the ranks have met
     cuda = torch.cuda.is_available()
     if not cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -170,7 +181,7 @@ def start(world: World, timeout_seconds: float = 600, start_timeout_seconds: flo
                                 timeout=timedelta(seconds=timeout_seconds), device_id=device if cuda else None)
     _control = dist.new_group(backend="gloo", timeout=timedelta(seconds=start_timeout_seconds))
     _meeting = Meeting({"": start_timeout_seconds, "train": timeout_seconds, "save": save_timeout_seconds,
-                         "evaluate": eval_timeout_seconds})
+                         "evaluate": eval_timeout_seconds}, rank=world.rank)
     _meeting.hosts = gather(_own_host())
     return device
 
@@ -329,10 +340,11 @@ def bear_witness(sentence: str) -> None:
 
 
 def explain(error: BaseException) -> TubeletError | None:
-    """What a failed collective of torch means to a user, or None when `error` is something else.
+    """What a failed collective of torch, or a failed device, means to a user, or None when `error` is something else.
 
-    Recognised are time-outs and lost connections of gloo, NCCL and the rendezvous store. The answer names what was being
-    done, the setting of its time-out, and the peer as far as it is known; its cause is `error`.
+    Recognised are time-outs and lost connections of gloo, NCCL and the rendezvous store, and devices and network cards that
+    fail. The answer names what was being done, the setting of its time-out, and the peer as far as it is known; its cause
+    is `error`.
     """
     return explanation(error, _meeting)
 

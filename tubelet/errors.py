@@ -71,6 +71,10 @@ class LateError(LostError):
     connections, so that the others then hear of a lost rank and take this one for it."""
 
 
+class DeviceError(LostError):
+    """This rank's own device failed, by no fault of the program: what other ranks then say is its consequence."""
+
+
 class Problems:
     """Collects problems so that they are raised once, together.
 

@@ -25,6 +25,7 @@ from tubelet.errors import (
     EXIT_SUPERSEDED,
     OWN,
     ConfigError,
+    DeviceError,
     Problems,
     TubeletError,
 )
@@ -90,7 +91,8 @@ def report(error: Exception, rank: int, folder: Path | None, start: int = 0, own
                 file.write(f"{where} {redact(''.join(traceback.format_exception(error)))}\n")
             if code != EXIT_SUPERSEDED:  # nothing went wrong
                 time.sleep(0 if own else first_error.seconds_before(error, rank))
-                first = first_error.keep(folder, start, rank=rank, code=code, error=text)
+                first = first_error.keep(folder, start, rank=rank, code=code, error=text,
+                                         device=isinstance(error, DeviceError))
         except OSError:
             pass  # a full disk must not hide the error
     if first:
