@@ -6,7 +6,12 @@ offers its loopback address to the others, which find nobody there.
 
 from __future__ import annotations
 
+import os
 import socket
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tubelet.dist import World
 
 _ANYWHERE = "192.0.2.1"  # of a network for documentation (RFC 5737); nothing is sent, only the route is asked for
 
@@ -20,6 +25,15 @@ def card_for_gloo(towards: str) -> str:
     if not source or _inward(source):  # rank 0 itself, called by its own name
         source = _source(_ANYWHERE)
     return card_of(source) if source and not _inward(source) else ""
+
+
+def choose_card(world: World) -> None:
+    """Tell gloo, through GLOO_SOCKET_IFNAME, the card of a job of several hosts, unless somebody has or it needs no telling.
+    Before anything asks for the own address or makes a group."""
+    if world.size > world.local_size and not os.environ.get("GLOO_SOCKET_IFNAME"):
+        card = card_for_gloo(world.address)
+        if card:
+            os.environ["GLOO_SOCKET_IFNAME"] = card
 
 
 def card_of(address: str) -> str:

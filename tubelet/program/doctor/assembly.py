@@ -13,7 +13,8 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 _POLL = 0.05
 _REACH_SECONDS = 5.0
 _SOME_MORE = 10.0  # seconds that a rank waits for the word of rank 0 beyond rank 0's own waiting
+_BEAT = 1.0  # seconds between two signs of life
+_STILL = 5.0  # seconds without one after which a process is taken for gone
 
 
 @dataclass
@@ -83,6 +86,59 @@ class Assembly:
                 break
             time.sleep(_POLL if waiting else 0)
         return found
+
+
+@contextmanager
+def beating(assembly: Assembly) -> Iterator[None]:
+    """Inside, this rank gives a sign of life every second, whatever its own thread waits for. It has a connection of its
+    own for that: a store that waits for a key answers nobody else."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        try:
+            store, count = assembly.store.clone(), 0  # type: ignore[union-attr]
+            while not ended.wait(_BEAT if count else 0):
+                count += 1
+                store.set(f"beat/{assembly.world.rank}", str(count))
+        except RuntimeError:
+            pass  # the store has gone: nobody listens any more
+
+    if assembly.store is not None and not assembly.world.speaks:
+        threading.Thread(target=beat, name="doctor-beat", daemon=True).start()
+    try:
+        yield
+    finally:
+        ended.set()
+
+
+def silent_ranks(assembly: Assembly) -> list[int]:
+    """Rank 0, after a connection broke: whom to look at. Not all ranks see it at once: those beside a process that died do,
+    the others when the time-out of their own collective is over. So only that one is named whose process gives no sign of
+    life any more, or that is the last one to say `stopped`; when all live, those that have not said it after a time-out."""
+    store, begun = assembly.store, time.monotonic()
+    silent = list(range(assembly.world.size)) if store is not None else []
+    heard: dict[int, tuple[bytes, float]] = {}
+    while store is not None:
+        now = time.monotonic()
+        try:
+            for rank in list(silent):
+                if store.check([f"stopped/{rank}"]):
+                    silent.remove(rank)
+                elif store.check([f"beat/{rank}"]):
+                    beat = store.get(f"beat/{rank}")
+                    if rank not in heard or heard[rank][0] != beat:
+                        heard[rank] = beat, now
+        except RuntimeError:
+            break
+        ages = [now - heard[rank][1] if rank in heard else 0.0 for rank in silent]
+        gone = [rank for rank, age in zip(silent, ages) if age > _STILL]
+        settled = len(silent) == 1 or (gone and not any(3 * _BEAT < age <= _STILL for age in ages))  # none on the brink
+        if not silent or (settled and now - begun > _STILL):
+            return gone or silent
+        if now - begun > assembly.seconds + _STILL:
+            break
+        time.sleep(_BEAT / 4)
+    return silent
 
 
 def open_store(world: World, seconds: float) -> torch_dist.Store:

@@ -52,13 +52,12 @@ def doctor(
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")  # pages of C++ frames about what is said in a sentence
     try:
         options = read_options(given, quick=quick, timeout=timeout, need=need, skip=skip)
-        launched = dist._first(os.environ, dist._RANK) is not None
         world = dist.resolve()
     except TubeletError as error:
         if dist._first(os.environ, dist._RANK) in (None, 0):
             print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_USAGE) from None
-    if not launched and nproc:
+    if world.size == 1 and nproc:  # inside an allocation too, whose variables a shell has
         flags = [*(["--quick"] if quick else []), f"--timeout={timeout:g}", f"--need={need:g}", f"--skip={skip}",
                  f"--json={json}"]
         raise typer.Exit(start_ranks([*given, *flags], nproc if nproc > 0 else _ranks_here()))
@@ -74,8 +73,9 @@ def _ranks_here() -> int:
 def start_ranks(words: Sequence[str], count: int) -> int:
     """`count` ranks of the doctor on this machine; returns rank 0's exit code."""
     port, processes = dist.free_port(), []
+    inherited = {key: value for key, value in os.environ.items() if key != "SLURM_STEP_ID"}  # they are no tasks of SLURM's
     for rank in range(count):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "NODE_RANK": "0",
+        env = {**inherited, "RANK": str(rank), "WORLD_SIZE": str(count), "LOCAL_RANK": str(rank), "NODE_RANK": "0",
                "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         processes.append(subprocess.Popen([sys.executable, "-m", "tubelet.program.doctor", *words], env=env,
                                           preexec_fn=dist.die_with_parent))
