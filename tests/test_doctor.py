@@ -1,5 +1,6 @@
 """`tubelet doctor`: a host that is not fit is named, whatever is wrong with it, and the examination always ends."""
 
+import contextlib
 import json
 import os
 import socket
@@ -11,6 +12,7 @@ import pytest
 from little_shards import write_shards
 from programs import ROOT
 
+from data_pipelines.indexing import build_index
 from tubelet import dist
 
 RECIPE = """\
@@ -64,6 +66,7 @@ def one(report, check, name):
 
 def test_two_healthy_nodes_pass_every_check_of_a_recipe_and_leave_nothing_behind(tmp_path):
     shards, runs = write_shards(tmp_path / "shards", [12, 12, 12]), tmp_path / "runs"
+    build_index(str(shards))
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(dir=runs, shards=shards))
     ended = end(start_ranks(2, str(recipe), "--quick", "--json", str(tmp_path / "out" / "report.json")))
@@ -131,15 +134,17 @@ def test_a_rank_that_does_not_come_is_named_and_what_the_others_found_is_said():
     assert time.monotonic() - begun < 120
 
 
-@pytest.mark.parametrize("fault", ["dies", pytest.param("hangs", marks=pytest.mark.slow)])
-def test_a_rank_that_is_lost_during_a_check_is_named(fault):
-    processes = start_ranks(2, "--skip", "speed,folder", "--timeout", "12", "--json", "-", faults={1: fault})
-    if fault == "hangs":
+@pytest.mark.parametrize("fault, size, seconds", [("dies", 4, 60), pytest.param("hangs", 2, 12, marks=pytest.mark.slow)])
+def test_a_rank_that_is_lost_during_a_check_is_named_and_no_other(fault, size, seconds):
+    processes = start_ranks(size, "--skip", "speed,folder", "--timeout", str(seconds), "--json", "-", faults={1: fault})
+    begun = time.monotonic()
+    try:
         (code, out, err) = end({0: processes[0]})[0]
-        processes[1].kill()
-        processes[1].communicate()
-    else:
-        (code, out, err) = end(processes)[0]
+    finally:
+        for process in processes.values():  # those that are not beside a rank that died wait for their time-out
+            process.kill()
+            process.communicate()
+    assert fault == "hangs" or time.monotonic() - begun < seconds
     report = json.loads(out)
     stopped = one(report, "ranks", "stopped at network")
     assert code == 1 and stopped["status"] == "fail", err
@@ -155,6 +160,38 @@ def test_a_port_that_somebody_holds_and_a_rank_0_that_is_not_there_are_said():
     assert code == 1 and f"MASTER_PORT {port} is taken on this host by process {os.getpid()}" in out
     code, out, err = ended[1]
     assert code == 1 and not out and f"127.0.0.1:{port}" in err and "Try: " in err and "frame #" not in err
+
+
+def test_whom_a_broken_check_names_is_settled_by_signs_of_life(monkeypatch):
+    import torch.distributed as torch_dist
+
+    from tubelet.program.doctor import assembly as meeting
+
+    monkeypatch.setattr(meeting, "_BEAT", 0.05)
+    monkeypatch.setattr(meeting, "_STILL", 0.5)
+
+    def named(seconds, stopped, living, dead=()):
+        store = torch_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        ranks = [meeting.Assembly(dist.World(rank, 5), seconds, store) for rank in range(5)]
+        with contextlib.ExitStack() as lives:
+            for rank in dead:
+                store.set(f"beat/{rank}", "7")
+            for rank in living:
+                lives.enter_context(meeting.beating(ranks[rank]))
+            for rank in stopped:
+                ranks[rank].say(f"stopped/{rank}", True)
+            begun = time.monotonic()
+            return meeting.silent_ranks(ranks[0]), time.monotonic() - begun
+
+    found, took = named(60, stopped=[0, 2], living=[2, 3, 4], dead=[1])
+    assert found == [1] and took < 20  # 3 and 4 wait for their time-outs, which are no one else's
+    assert named(60, stopped=[0], living=[2, 4], dead=[1, 3])[0] == [1, 3]
+    found, took = named(60, stopped=[0, 1, 2, 4], living=[1, 2, 3, 4])
+    assert found == [3] and took < 20  # it lives, and is the only one that all others wait for
+    found, took = named(1, stopped=[0, 1, 2], living=[1, 2, 3, 4])
+    assert found == [3, 4] and took > 1
+    assert named(60, stopped=[0, 1, 2, 3, 4], living=[])[0] == []
+    assert meeting.silent_ranks(meeting.Assembly(dist.World(), 60)) == []
 
 
 def doctor(*words, **env):
@@ -188,166 +225,29 @@ def test_mistakes_on_the_command_line_are_exit_code_2_before_any_rank_starts(wor
     assert part in said.err and not said.out
 
 
+@pytest.mark.parametrize("env, started", [
+    ({}, [3]), ({"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "1"}, []),
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8", "SLURM_JOB_ID": "1"}, [3]),  # sbatch's own shell
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "1", "SLURM_STEP_ID": "0"}, [3]),  # srun --pty
+    ({"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_JOB_ID": "1"}, [])])
+def test_ranks_are_started_here_unless_this_is_one_of_several(env, started, monkeypatch):
+    from tubelet.console import run_app
+    from tubelet.program.doctor import cli
+
+    calls = []
+    for name in [name for name in os.environ if name.startswith("SLURM_") or name in ("RANK", "WORLD_SIZE")]:
+        monkeypatch.delenv(name)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "start_ranks", lambda words, count: (calls.append(count), 0)[1])
+    monkeypatch.setattr(cli, "run", lambda world, options, json: 0)
+    assert run_app(cli.app, ["--nproc", "3", "--quick"], "tubelet doctor") == 0
+    assert calls == started
+
+
 def test_help_and_mistakes_cost_no_import_of_torch():
     code = ("import sys\nfrom tubelet.console import run_app\nfrom tubelet.program.doctor.cli import app\n"
             "assert run_app(app, ['--skip', 'x'], 'doctor') == 2\nassert run_app(app, ['--help'], 'doctor') == 0\n"
             "assert 'torch' not in sys.modules")
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0 and "CONFIG" in done.stdout, done.stderr
-
-
-# ------------------------------------------------------------------------------------- rules, on made-up hosts
-
-
-def nodes_of(facts):
-    """Nodes of one rank each with these facts."""
-    from tubelet.program.doctor.nodes import Node
-
-    return [Node(label, f"10.0.0.{rank}", [rank], mine) for rank, (label, mine) in enumerate(facts.items())]
-
-
-def test_what_most_hosts_have_is_right_and_with_a_draw_what_the_first_has():
-    from tubelet.program.doctor.findings import at_least, at_most, equal, outliers, worst
-
-    found = equal("versions", "torch", {"a": "2.9", "b": "2.15", "c": "2.15"}, hint="same")
-    assert (found.status, found.hosts) == ("fail", ["a"]) and "2.15 on 2 of 3 hosts, but 2.9 on a" in found.value
-    assert equal("x", "y", {"a": 1, "b": 2}, hint="h").hosts == ["b"]
-    assert equal("x", "y", {"a": 1, "b": 1}, hint="h").hint == ""
-    low = at_least("x", "y", {"a": 5, "b": 3, "c": 1}, show=str, rule="r", hint="h", warn=4, fail=2)
-    assert (low.status, low.hosts, low.value) == ("fail", ["c"], "1")
-    high = at_most("x", "y", {"a": 5, "b": 30}, show=str, rule="r", hint="h", warn=10)
-    assert (high.status, high.hosts, high.value) == ("warn", ["b"], "30")
-    slow = outliers("x", "y", {"a": 10, "b": 10.2, "c": 8.9, "d": 10.1}, unit="GB/s", warn=0.9, fail=0.5, hint="h")
-    assert (slow.status, slow.hosts) == ("warn", ["c"])
-    assert worst([low, high, slow]) == "fail" and worst([]) == "ok"
-
-
-def test_every_pair_of_nodes_meets_once_in_rounds_of_disjoint_pairs():
-    from itertools import combinations
-
-    from tubelet.program.doctor.network import MOST_ROUNDS, bus_bandwidth, chosen_rounds
-
-    for count in (2, 3, 7, 8, 64):
-        rounds = chosen_rounds(count, quick=False)
-        assert all(len({player for pair in pairs for player in pair}) == 2 * len(pairs) for pairs in rounds)
-        assert sorted(pair for pairs in rounds for pair in pairs) == sorted(combinations(range(count), 2))
-    assert len(chosen_rounds(500, quick=False)) == MOST_ROUNDS and len(chosen_rounds(64, quick=True)) == 8
-    assert bus_bandwidth(10**9, 0.5, 4) == 3e9  # nccl-tests: 2 (n - 1) / n of 1 GB in half a second
-
-
-def test_the_host_that_is_in_all_slow_pairs_is_named():
-    from tubelet.program.doctor.network import judge_pairs
-
-    rates = {(a, b): 1e9 if "n2" in (a, b) else 10e9 for a, b in [("n0", "n1"), ("n0", "n2"), ("n0", "n3"), ("n1", "n2"),
-                                                                 ("n1", "n3"), ("n2", "n3"), ("n0", "n4"), ("n1", "n4"),
-                                                                 ("n3", "n4"), ("n2", "n4")]}
-    (found,) = judge_pairs(rates)
-    assert (found.status, found.hosts) == ("warn", ["n2"]) and "n0 - n2" in found.value
-
-
-def test_missing_ranks_are_looked_up_in_the_launchers_hosts_or_among_their_neighbours():
-    from tubelet.program.doctor.nodes import Node, name_missing
-
-    world = dist.World(0, 6, 0, 2)
-    came = [Node("a", "", [0, 1]), Node("c", "", [4])]
-    assert name_missing(world, [2, 3, 5], came, {"TUBELET_HOSTS": "a,b,c"}) == {"b": [2, 3], "c": [5]}
-    assert name_missing(world, [2], came, {"TUBELET_HOSTS": "a\nb\nc\n"}) == {"b": [2]}
-    assert name_missing(world, [2, 3, 5], came, {}) == {"an unknown host": [2, 3], "c": [5]}
-
-
-NVIDIA_SMI = {
-    "gpu": "0, GPU-a, NVIDIA H100, 570.1, 81559, 81000, Default, 0, Not Active, Not Active, 34\n"
-           "1, GPU-b, NVIDIA H100, 570.1, 81559, 20000, Default, 3, Active, Not Active, 80\n",
-    "compute-apps": "GPU-b, 4242, python, 61000\n"}
-
-
-def fake_smi(words):
-    """An nvidia-smi whose driver does not know one of the fields."""
-    what, fields = words[0].removeprefix("--query-").split("=")
-    if "clocks_throttle_reasons.sw_thermal_slowdown" in fields:
-        return 'error: Field "clocks_throttle_reasons.sw_thermal_slowdown" is not a valid field to query.\n'
-    return NVIDIA_SMI[what]
-
-
-def test_gpus_that_are_busy_hot_faulty_or_fewer_are_found_in_what_nvidia_smi_says():
-    from tubelet.program.doctor import gpus
-
-    def broken(words):
-        return "error: NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver.\n"
-
-    bad, one_gpu = gpus.look(fake_smi), gpus.look(fake_smi)
-    assert [row["uuid"] for row in bad["gpus"]] == ["GPU-a", "GPU-b"] and bad["gpus"][1]["temperature.gpu"] == "80"
-    one_gpu["gpus"], one_gpu["applications"] = one_gpu["gpus"][:1], []
-    nodes = nodes_of({"a": {"gpus": bad}, "b": {"gpus": one_gpu}, "c": {"gpus": gpus.look(broken)}})
-    found = {item.name: item for item in gpus.judge(nodes, {0: {"gpus": 2}, 1: {"gpus": 1}, 2: {"gpus": 0}})}
-    assert (found["nvidia-smi"].status, found["nvidia-smi"].hosts) == ("fail", ["c"])
-    assert found["visible to torch"].status == found["models"].status == "fail"
-    assert (found["one for each rank"].status, found["one for each rank"].hosts) == ("fail", ["c"])
-    assert (found["memory"].status, found["memory"].hosts) == ("fail", ["GPU 1 on a"])
-    assert found["memory errors"].status == "fail" and "3 uncorrected on GPU 1 on a" in found["memory errors"].value
-    assert found["clocks"].status == "warn" and "hw_slowdown on GPU 1 on a" in found["clocks"].value
-    assert found["other processes"].status == "warn" and "pid 4242" in found["other processes"].value
-    well = {item.name: item.status for item in gpus.judge(nodes_of({"b": {"gpus": one_gpu}}), {0: {"gpus": 1}})}
-    assert set(well.values()) == {"ok"}, well
-
-
-def test_a_container_with_little_memory_shm_and_cores_is_warned_of(tmp_path):
-    from tubelet.program.doctor import machine
-
-    (tmp_path / "memory.max").write_text("3221225472\n")
-    (tmp_path / "memory.current").write_text("2147483648\n")
-    (tmp_path / "cpu.max").write_text("50000 100000\n")
-    assert machine.cgroup_memory_left(tmp_path) == 2**30 and machine.cgroup_cpus(tmp_path) == 0.5
-    assert machine.cgroup_memory_left(tmp_path / "none") == machine.INFINITE == machine.cgroup_cpus(tmp_path / "none")
-    facts = {**machine.look({"OMP_NUM_THREADS": "64", "NCCL_DEBUG": "info", "SLURM_CPUS_PER_TASK": "4"}),
-             "memory_limit": 2**30, "cpu_quota": 0.5, "shm": 2**26, "infiniband": ["mlx5_0"], "locked": 2.0**16}
-    found = {item.name: item for item in machine.judge(nodes_of({"a": {"machine": facts}}), {})}
-    for name, status in {"RAM": "warn", "/dev/shm": "warn", "cores": "warn", "OMP_NUM_THREADS": "warn", "NCCL_DEBUG": "warn",
-                         "cores of the task": "warn", "locked memory": "fail"}.items():
-        assert found[name].status == status and found[name].hint, found[name]
-    needs = {item.name: item for item in machine.judge(nodes_of({"a": {"machine": facts}}), {"shm": 2.0**27})}
-    assert needs["/dev/shm"].status == "fail" and "128.0 MiB" in needs["/dev/shm"].rule
-
-
-def test_names_that_only_one_host_knows_matter_when_nodes_are_apart_and_not_on_one_machine():
-    from tubelet.program.doctor.network import judge_addresses
-    from tubelet.program.doctor.nodes import unknown_cards
-
-    def facts(address, machine, card="eth0"):
-        return {"address": {"name": "n", "address": address, "card": "lo", "cards": ["lo", "eth0"], "machine": machine,
-                            "unknown": unknown_cards({"GLOO_SOCKET_IFNAME": card}, ["lo", "eth0"])}}
-
-    (apart,) = judge_addresses(nodes_of({"a": facts("10.0.0.1", "1"), "b": facts("127.0.1.1", "2")}))
-    assert (apart.status, apart.hosts) == ("fail", ["b"]) and "GLOO_SOCKET_IFNAME" in apart.hint
-    (together,) = judge_addresses(nodes_of({"a": facts("127.0.0.1", "1"), "b": facts("127.0.0.1", "1")}))
-    assert together.status == "ok"
-    (wrong,) = judge_addresses(nodes_of({"a": facts("10.0.0.1", "1", "ib0")}))
-    assert (wrong.status, wrong.hosts) == ("fail", ["a"]) and "GLOO_SOCKET_IFNAME=ib0" in wrong.value
-    assert unknown_cards({"GLOO_SOCKET_IFNAME": "eth0,ib0"}, ["eth0"]) == ["GLOO_SOCKET_IFNAME=eth0,ib0"]  # gloo wants all
-    assert not unknown_cards({"NCCL_SOCKET_IFNAME": "ib,eth"}, ["eth0"])  # NCCL any, by its beginning
-    assert unknown_cards({"NCCL_SOCKET_IFNAME": "=eth"}, ["eth0"]) and not unknown_cards({"NCCL_SOCKET_IFNAME": "^x"}, [])
-
-
-def test_room_is_wanted_for_the_checkpoints_that_the_recipe_keeps(tmp_path):
-    from tubelet.program.doctor.data import checkpoint_bytes
-    from tubelet.program.doctor.folder import judge_space
-    from tubelet.program.doctor.options import read_options
-
-    path = tmp_path / "r.yaml"
-    path.write_text(RECIPE.format(dir=tmp_path, shards="x.tar").replace("img_size: 32, num_classes: 7", "num_classes: 1000"))
-    published = 5_717_416  # parameters of ViT-Ti/16 (timm, DeiT)
-    settings = [read_options([str(path), *words]).settings
-                for words in ([], ["ema.decay=0.99"], ["optimizer.name=sgd"])]
-    assert [checkpoint_bytes(item) / published for item in settings] == [12, 16, 8]
-    assert judge_space({"a": 2e9, "b": 1e9}, 1.5e9, "rule").hosts == ["b"]
-
-
-def test_packages_of_somebody_else_under_our_names_are_found(tmp_path, monkeypatch):
-    from tubelet.program.doctor import versions
-
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "launch" / "__init__.py").write_text("")
-    assert versions.foreign_packages(ROOT) == {}
-    assert set(versions.foreign_packages(tmp_path)) == {"tubelet", "data_pipelines", "pretrain", "finetune", "launch"}
-    hashes = versions.source_hashes(ROOT)
-    assert "tubelet/program/doctor/cli.py" in hashes and not any(name.startswith("tests") for name in hashes)

@@ -6,12 +6,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from data_pipelines.bench import bench
-from data_pipelines.index import storage_of
+from data_pipelines.index import known_shards, storage_of
+from data_pipelines.indexing import index_command
 from data_pipelines.mix import in_pairs
 from data_pipelines.plan import plan_data
 from data_pipelines.reader import Reader
 from data_pipelines.recipe import Recipe
 from data_pipelines.samples import Source, open_sources
+from data_pipelines.settings import DataSettings
+from data_pipelines.shards import folder_of, is_remote, missing, resolve_shards
 from tubelet.batching import micro_batch_multiple
 from tubelet.config import check
 from tubelet.dist import World
@@ -36,9 +39,11 @@ def checkpoint_bytes(settings: ProgramSettings) -> float:
 
 def look(settings: ProgramSettings, *, nodes: int, ranks: int, seed: int, quick: bool) -> dict[str, Any]:
     """What this node finds about the recipe's data, read as a run would read it; `seed` makes nodes read other samples.
-    {"error", "hint"} when the shards cannot be opened or read."""
+    {"error", "hint"} when the shards cannot be opened or read, {"unindexed", "hint"} when a run would index them first."""
     try:
         data = settings.data.model_copy(update={"io_timeout_seconds": _PATIENCE})
+        if lacking := _unindexed(data):
+            return lacking
         sources = open_sources(data.train, data, World())
         sources += open_sources(data.val, data, World())
         found: dict[str, Any] = {"digests": {f"{s.settings.name} ({len(s.index):,} samples)": s.index.digest()
@@ -53,6 +58,22 @@ def look(settings: ProgramSettings, *, nodes: int, ranks: int, seed: int, quick:
         return {"error": error.problem, "hint": error.hint}
     except OSError as error:
         return {"error": str(error), "hint": "the path, the rights and the mount on that host"}
+
+
+def _unindexed(data: DataSettings) -> dict[str, Any]:
+    """What there is to say of local shards without an index, {} when all have one. Opening them would build it, which takes
+    as long as reading them, while all ranks wait."""
+    for source in [*data.train, *data.val]:
+        lacking = known_shards(resolve_shards(source.shards, data.index_dir), data.index_dir, source.storage).lacking
+        if lacking and not any(map(is_remote, lacking)) and not missing(lacking):  # of those, opening says what is wrong
+            words = [source.shards] if isinstance(source.shards, str) else source.shards
+            if not data.index_dir:  # beside the shards, a folder at a time
+                words = list(dict.fromkeys(map(folder_of, lacking)))
+            command = index_command(words, data.index_dir)
+            return {"unindexed": f"{len(lacking):,} shard(s) of source `{source.name}` have no index, the first is "
+                                 f"{lacking[0]}",
+                    "hint": f"{command}  (once), then the doctor again"}
+    return {}
 
 
 def _recipe(settings: ProgramSettings, data: Any, seed: int) -> Recipe:
@@ -85,14 +106,21 @@ def _plan(settings: ProgramSettings, sources: Sequence[Source], nodes: int, rank
                      img_size=settings.model.img_size, num_classes=settings.model.num_classes,
                      sources=[source.index for source in sources])
     advice = [[item.problem, item.hint, item.fatal] for item in plan.advice if "/dev/shm" not in item.problem]
-    return {"advice": advice, "shm": plan.shm_bytes}
+    return {"advice": advice, "shm": plan.shm_bytes,
+            "epoch_samples": round(plan.steps_per_epoch * settings.global_batch_size)}
 
 
 def judge(looked: dict[str, dict[str, Any]], need: float | None) -> list[Finding]:
     """`looked` by host; `need`: samples per second that one rank trains, when it was given."""
     bad = {label: mine for label, mine in looked.items() if "error" in mine}
-    well = {label: mine for label, mine in looked.items() if "error" not in mine}
+    new = {label: mine for label, mine in looked.items() if "unindexed" in mine}
+    well = {label: mine for label, mine in looked.items() if label not in bad and label not in new}
     found = []
+    if new:
+        mine = next(iter(new.values()))
+        found.append(Finding("data", "without an index", "warn", f"{mine['unindexed']} ({some(list(new))}); they were not "
+                             "read", "shards have an index: else the first ranks of a run build it while all others wait",
+                             mine["hint"], list(new)))
     if bad:
         mine = next(iter(bad.values()))
         found.append(Finding("data", "shards", "fail", f"{mine['error']} ({some(list(bad))})",
@@ -101,7 +129,7 @@ def judge(looked: dict[str, dict[str, Any]], need: float | None) -> list[Finding
     if not well:
         return found
     first = next(iter(well.values()))
-    if not bad:
+    if not bad and not new:
         found.append(Finding("data", "shards", "ok", ", ".join(first["digests"]),
                              "every node opens the index and reads the first, middle and last shard"))
     found.append(equal("data", "index", {label: " ".join(mine["digests"].values()) for label, mine in well.items()},

@@ -15,13 +15,33 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tubelet import dist
+from tubelet.engine.checkpoint.kept import kept_checkpoints
 from tubelet.errors import EXIT_ERROR, TubeletError
+from tubelet.files import human_bytes
+from tubelet.network import choose_card
 from tubelet.program.doctor import data, folder, gpus, machine, network, speeds, versions
-from tubelet.program.doctor.assembly import Assembly, assemble, join, listener, unreachable
+from tubelet.program.doctor.assembly import (
+    Assembly,
+    assemble,
+    beating,
+    join,
+    listener,
+    silent_ranks,
+    unreachable,
+)
 from tubelet.program.doctor.findings import Finding, some
-from tubelet.program.doctor.nodes import Node, identity, name_missing, own_address, rank_labels, unknown_cards
+from tubelet.program.doctor.nodes import (
+    Node,
+    identity,
+    left_out,
+    name_missing,
+    own_address,
+    rank_labels,
+    unknown_cards,
+)
 from tubelet.program.doctor.options import CHECKS, Options
 from tubelet.program.doctor.report import Report, order
+from tubelet.program.plan.speed import total_steps
 
 
 @dataclass
@@ -36,6 +56,12 @@ class Examination:
     """On rank 0."""
     needs: dict[str, float] = field(default_factory=dict)
     """Bytes per node that the recipe takes."""
+    free: dict[str, float] = field(default_factory=dict)
+    """Bytes by host where checkpoints will go."""
+    checkpoint: float = 0.0
+    """Bytes of one checkpoint of the recipe."""
+    epoch_samples: int | None = None
+    """Samples of an epoch, when the shards could be opened."""
     begun: float = 0.0
     """When this rank began, by `time.monotonic`."""
 
@@ -60,6 +86,7 @@ def examine(world: dist.World, options: Options,
     begun = time.monotonic()
     options.say("looking around")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    choose_card(world)
     note, server = look_around(world)
     options.say(f"waiting for {world.size} ranks, up to {options.seconds:g} s" if world.size > 1 else "checking")
     assembly = assemble(world, note, options.seconds)
@@ -69,7 +96,8 @@ def examine(world: dist.World, options: Options,
             _reach(mine)
             join(assembly)
             if assembly.problem is None:
-                _together(mine, emergency)
+                with beating(assembly):
+                    _together(mine, emergency)
     finally:
         if server is not None:
             server.close()
@@ -94,6 +122,8 @@ def look_around(world: dist.World) -> tuple[dict[str, Any], Any]:
         if world.size > world.local_size and address:
             server, note["listens"] = listener(address)
     note["gpus"] = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if gpus.bound(world, note["gpus"]):
+        note["own"] = gpus.look()
     return note, server
 
 
@@ -135,10 +165,12 @@ def _together(mine: Examination, emergency: Callable[[Report | None], None]) -> 
         try:
             mine.findings += steps[name](mine)
         except RuntimeError as error:  # a collective: this rank's own troubles come back as values
+            clock.cancel()
             mine.findings.append(_stopped(mine, name, error))
             return
         finally:
             clock.cancel()
+    mine.assembly.say(f"stopped/{mine.world.rank}", False)  # at the end: no rank that breaks now shall ask for this one
 
 
 def _give_up(mine: Examination, name: str, limit: float, emergency: Callable[[Report | None], None]) -> None:
@@ -154,10 +186,7 @@ def _give_up(mine: Examination, name: str, limit: float, emergency: Callable[[Re
 def _stopped(mine: Examination, name: str, error: Exception) -> Finding:
     """A collective broke, on this rank and soon on all that are well: who does not say so is the one to look at."""
     mine.assembly.say(f"stopped/{mine.world.rank}", True)
-    silent: list[int] = []
-    if mine.world.speaks and mine.world.size > 1:
-        heard = mine.assembly.hear_all("stopped", range(mine.world.size), min(5.0, mine.options.seconds))
-        silent = [rank for rank in range(mine.world.size) if rank not in heard]
+    silent = silent_ranks(mine.assembly) if mine.world.speaks else []
     labels = rank_labels(mine.nodes)
     text = (str(error).splitlines() or [type(error).__name__])[0][:200]
     said = f"{some([labels[rank] for rank in silent])} did not come back" if silent else text
@@ -171,9 +200,9 @@ def _device(mine: Examination) -> Any:
     """The GPU of this rank if every rank has one, else the CPU."""
     import torch
 
-    usable = torch.cuda.is_available() and mine.world.local_rank < torch.cuda.device_count()
-    if all(dist.gather(usable)):
-        device = torch.device("cuda", mine.world.local_rank)
+    index = gpus.device_of(mine.world, torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    if None not in dist.gather(index) and index is not None:
+        device = torch.device("cuda", index)
         os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # a time-out shall be an error to report, not the end of the process
         torch.cuda.set_device(device)
         return device
@@ -254,17 +283,27 @@ def _folder(mine: Examination) -> list[Finding]:
         return found
     if remote:
         return [*found, Finding("folder", "space", "skipped", f"checkpoints go to {elsewhere}")]
+    if settings is not None:
+        try:
+            mine.checkpoint = data.checkpoint_bytes(settings)
+        except TubeletError as error:
+            return [*found, Finding("folder", "space", "fail", error.problem, "the model can be built", error.hint)]
+        if settings.checkpoint.asynchronous:
+            mine.needs["memory"] = mine.checkpoint / mine.world.size
+    mine.free = free  # judged when the length of the run is known
+    return found
+
+
+def _space(mine: Examination) -> list[Finding]:
+    """Room for the checkpoints of the run."""
+    settings = mine.options.settings
+    if not mine.free:
+        return []
     if settings is None:
-        return [*found, folder.judge_space(free, None, "")]
-    try:
-        each = data.checkpoint_bytes(settings)
-    except TubeletError as error:
-        return [*found, Finding("folder", "space", "fail", error.problem, "the model can be built", error.hint)]
-    count = max(3, settings.keep_last + 1)
-    if settings.checkpoint.asynchronous:
-        mine.needs["memory"] = each / mine.world.size
-    return [*found, folder.judge_space(free, count * each, f"{count} checkpoints of about {each / 2**30:.3g} GiB: keep_last="
-                                       f"{settings.keep_last}, and the one that is being written")]
+        return [folder.judge_space(mine.free, None, "")]
+    kept = kept_checkpoints(settings, total_steps(settings, mine.epoch_samples))
+    return [folder.judge_space(mine.free, kept.count * mine.checkpoint, f"{kept.count} checkpoints of about "
+                               f"{human_bytes(mine.checkpoint)}: {kept.why}")]
 
 
 def _data(mine: Examination) -> list[Finding]:
@@ -282,6 +321,7 @@ def _data(mine: Examination) -> list[Finding]:
     if not mine.world.speaks:
         return []
     by_host = {label: everyone[rank] for rank, label in mine.firsts.items()}
+    mine.epoch_samples = next((item["epoch_samples"] for item in by_host.values() if item.get("epoch_samples")), None)
     mine.needs["shm"] = max(float(item.get("shm") or 0) for item in by_host.values())
     return data.judge(by_host, mine.options.need)
 
@@ -293,8 +333,8 @@ def _report(mine: Examination) -> Report:
     """What rank 0 knows now: the notes judged, and what the checks found."""
     assembly, nodes = mine.assembly, mine.nodes
     missing = name_missing(mine.world, assembly.missing, nodes)
-    found = [_came(mine, missing), *versions.judge(nodes), *gpus.judge(nodes, assembly.notes),
-             *machine.judge(nodes, mine.needs), *network.judge_addresses(nodes), *mine.findings]
+    found = [_came(mine, missing), *_left_out(), *versions.judge(nodes), *gpus.judge(nodes, assembly.notes),
+             *machine.judge(nodes, mine.needs), *network.judge_addresses(nodes), *mine.findings, *_space(mine)]
     return Report(order(found), nodes, mine.world.size, missing, time.monotonic() - mine.begun, mine.options.config)
 
 
@@ -315,6 +355,12 @@ def _came(mine: Examination, missing: dict[str, list[int]]) -> Finding:
     return Finding("ranks", "meeting", "warn" if uneven else "ok", f"{mine.world.size} came: {words}",
                    rule + (", as many on each node" if len(mine.nodes) > 1 else ""),
                    "the same number of processes on every node" if uneven else "")
+
+
+def _left_out() -> list[Finding]:
+    """Hosts that the launcher itself could not use."""
+    return [Finding("ranks", f"host {host}", "fail", f"{host} {problem}; left out", "the launcher can start on every host",
+                    hint, [host]) for host, (problem, hint) in left_out().items()]
 
 
 def progress(speaks: bool) -> Callable[[str], None]:

@@ -174,4 +174,4 @@ def judge_space(free: dict[str, float], needed: float | None, said: str) -> Find
                         hint="clean the file system (tubelet ckpt prune), or run.dir= on another one")
     return at_least("folder", "space", free, show=human_bytes, what="free", fail=needed, rule=said,
                     hint="clean the file system (tubelet ckpt prune), run.dir= or checkpoint.dir= on another one, or a "
-                    "smaller keep_last")
+                    "smaller keep_last, keep_milestones")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 from collections import Counter
@@ -110,6 +111,16 @@ def expected_hosts(world: dist.World, env: Mapping[str, str] = os.environ) -> li
         return env["TUBELET_HOSTS"].replace(",", " ").split()
     listed = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST", "")
     return dist.slurm_hosts(listed) if listed else []
+
+
+def left_out(env: Mapping[str, str] = os.environ) -> dict[str, tuple[str, str]]:
+    """{host: (what is wrong with it, the next step)} of hosts on which the launcher did not start, as it says in
+    TUBELET_LEFT_OUT."""
+    try:
+        said = json.loads(env.get("TUBELET_LEFT_OUT", "{}"))
+        return {host: (problem, hint) for host, (problem, hint) in said.items()}
+    except (AttributeError, TypeError, ValueError):
+        return {}
 
 
 def name_missing(world: dist.World, missing: Sequence[int], nodes: Sequence[Node],
