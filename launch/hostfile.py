@@ -2,34 +2,40 @@
 
 Before anything starts, every host is asked for what usually goes wrong (hostcheck.py). This process then stays: it shows
 what the hosts say, passes signals on through a file in the run's folder `launch/`, and starts the job again when a process,
-a host or a connection was lost, on the hosts that are left if they can deal the batch. When it is killed itself, all hosts
-save and leave.
+a host or a connection was lost: on all hosts, once they answer again, or on those that are left if they can deal the batch.
+When it is killed itself, all hosts save and leave.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import shlex
 import signal
 import socket
 import time
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from launch import forward, remote
 from launch.folder import alone, check_owner, open_attempt, prepare, submitted
-from launch.hostcheck import Checked, first_port, is_gone, query_hosts, report
+from launch.hostcheck import Checked, first_port, is_gone, meeting_point, query_hosts, report
 from launch.hosts import Host, choose, read_hostfile
 from launch.request import Request, check_world
 from launch.restarting import END, Restarts
 from launch.workers import FORWARDED, environment, joined
-from tubelet.errors import EXIT_LOST, ConfigError, RunError, TubeletError
+from tubelet.errors import EXIT_LOST, EXIT_PREEMPTED, ConfigError, RunError, TubeletError
+from tubelet.leaving import CODES
 from tubelet.runs import Attempt
 
 LAST_SECONDS = 30.0
 """After a host has failed: how long the others have to notice by themselves, and to write why."""
 END_SECONDS = 20.0
 """After they were told to end at once."""
+ASK_AGAIN_SECONDS = 15.0
+"""Between two questions to hosts that may come back."""
 
 
 def hosts_of(request: Request) -> list[Host]:
@@ -133,6 +139,8 @@ def _run(request: Request, hosts: list[Host], attempt: Attempt | None) -> int:
     """Ask the hosts and start; `attempt` is the run's last start when that may still be running."""
     folder = request.launch_folder
     checked = query_hosts(request, hosts, attempt)
+    if request.program == "doctor":
+        hosts, checked = fit(request, hosts, checked)
     checked.raise_if_any()
     said = request.training is not None and request.training.run.take_over
     take_over = attempt is not None and not said and is_gone(attempt, checked)
@@ -148,18 +156,53 @@ def _run(request: Request, hosts: list[Host], attempt: Attempt | None) -> int:
         (folder / "submitted.json").unlink(missing_ok=True)
 
 
+def fit(request: Request, hosts: list[Host], checked: Checked) -> tuple[list[Host], Checked]:
+    """The hosts that an examination can be started on, if there are any. It is told what is wrong with the others, so that
+    they are findings among its own."""
+    left_out: dict[str, tuple[str, str]] = {}
+    while checked.problems and checked.answers:
+        left_out.update(checked.problems)
+        for name, (problem, _) in checked.problems.items():
+            remote.say(f"{name} is left out: {problem}")
+        leader, hosts = hosts[0], [host for host in hosts if host.name in checked.answers]
+        if checked.endpoint and hosts[0] == leader:
+            checked = replace(checked, problems={})
+        else:
+            checked = query_hosts(request, hosts, None)  # ranks meet on another host now
+    if not checked.answers:
+        return hosts, replace(checked, problems={**left_out, **checked.problems})
+    if left_out:
+        request.settings.environment["TUBELET_LEFT_OUT"] = json.dumps(left_out)
+    return hosts, checked
+
+
 def _starts(request: Request, hosts: list[Host], checked: Checked, restarts: Restarts) -> int:
-    """Start the job until it has ended for good."""
+    """Start the job until it has ended for good. Each start is on all hosts that were chosen, as far as they answer."""
+    chosen, given_up = hosts, set[str]()
     while True:
         code, failed, asked = one_start(request, hosts, checked.endpoint, restarts)
         if code != EXIT_LOST or asked:
             return code
         if not restarts.again(code, node=failed):
             return restarts.code
-        if request.settings.restart.exclude_failed_node and failed and len(hosts) > 1:
+        if restarts.broken is not None:  # other hosts may have ended before the one with the broken device
+            failed = host_of(hosts, restarts.broken)
+        if request.settings.restart.exclude_failed_node and failed and len(chosen) > 1:
             remote.say(f"{failed} failed first and is left out (restart.exclude_failed_node)")
-            hosts = [host for host in hosts if host.name != failed]
-        hosts, checked = remaining(request, hosts)
+            if chosen[0].name == failed:
+                request.settings.hostfile.address = None  # it was that host's
+            chosen = [host for host in chosen if host.name != failed]
+        before, (hosts, checked) = hosts, remaining(request, chosen, given_up, restarts.seconds_left())
+        for host in hosts:
+            if host not in before:
+                remote.say(f"{host.name} answers and takes part again")
+        if restarts.over():
+            return restarts.code
+
+
+def host_of(hosts: Sequence[Host], rank: int) -> str:
+    """The name of the host that a rank runs on; "" when there is no such rank."""
+    return next((host.name for number, host in enumerate(hosts) if rank < size(hosts[:number + 1])), "")
 
 
 def one_start(request: Request, hosts: Sequence[Host], endpoint: str, restarts: Restarts) -> tuple[int, str, bool]:
@@ -211,26 +254,66 @@ def _watch(nodes: remote.Nodes, orders: Path, asked: list[int]) -> str:
     return failed or next((host for host, code in nodes.codes.items() if code), "")
 
 
-def remaining(request: Request, hosts: list[Host]) -> tuple[list[Host], Checked]:
-    """The hosts for another start: those that still answer, as many as can deal the batch."""
-    checked = query_hosts(request, hosts, None)
+def remaining(request: Request, hosts: list[Host], given_up: set[str],
+              seconds_left: float = math.inf) -> tuple[list[Host], Checked]:
+    """The hosts for another start: those of `hosts` that answer, as many as can deal the batch.
+
+    One that does not may be on its way back (it boots, or its sshd turns away many who come at once), so it is asked for
+    `hostfile.wait_minutes`, `seconds_left` of the job at most. Who was waited for in vain is added to `given_up`: it is
+    asked again at every start, and waited for no more unless the others are too few. Raises `RunError` when they still are.
+    """
+    minutes = request.settings.hostfile.wait_minutes
+    until, said = time.monotonic() + min(60 * minutes, seconds_left), dict[str, str]()
+    while True:
+        with leaving_by_signal():
+            checked = query_hosts(request, hosts, None)
+            given_up.difference_update(checked.answers)
+            kept, left = fitting(request, hosts, checked), until - time.monotonic()
+            if left <= 0 or (kept and not checked.problems.keys() - given_up):
+                break
+            for name, (problem, _) in checked.problems.items():
+                if said.get(name) != problem:
+                    clock = time.strftime("%H:%M:%S", time.localtime(time.time() + left))
+                    remote.say(f"{name} {problem}; it is asked again until {clock} (hostfile.wait_minutes={minutes:g})")
+                    said[name] = problem
+            time.sleep(min(left, ASK_AGAIN_SECONDS))
+    given_up.update(checked.problems)
     for name, (problem, _) in checked.problems.items():
         remote.say(f"{name} is left out: {problem}")
-    alive = [host for host in hosts if host.name in checked.answers]
+    if not kept:
+        alive = [host for host in hosts if host.name in checked.answers]
+        raise RunError(f"{len(alive)} of {len(hosts)} hosts still answer, too few to go on "
+                       f"({', '.join(map(str, alive)) or 'none'}).",
+                       "repair the others and start the same command again: it resumes; or more --wait-minutes")
+    if len(kept) < len(hosts):
+        remote.say(f"going on with {len(kept)} of {len(hosts)} hosts, {_processes(size(kept))}: the run reshapes")
+    return kept, checked if kept[0] == hosts[0] else replace(
+        checked, endpoint=meeting_point(checked.answers, kept[0].name))
+
+
+def fitting(request: Request, hosts: Sequence[Host], checked: Checked) -> list[Host]:
+    """The hosts that have answered, as many as can deal the batch; none when they are too few. The first has a free port."""
+    alive = sorted((host for host in hosts if host.name in checked.answers),
+                   key=lambda host: not meeting_point(checked.answers, host.name))
     low = request.settings.node_range[0] if "nodes" in request.sources else 1
     for count in range(len(alive), low - 1, -1):
         try:
             check_world(request, size(alive[:count]))
         except TubeletError:
             continue
-        kept = alive[:count]
-        if not checked.endpoint or kept[0] != hosts[0]:
-            checked = query_hosts(request, kept, None)  # ranks meet on another host now
-        if not checked.endpoint or any(host.name not in checked.answers for host in kept):
-            continue  # another one has gone meanwhile
-        if count < len(hosts):
-            remote.say(f"going on with {count} of {len(hosts)} hosts, {_processes(size(kept))}: the run reshapes")
-        return kept, checked
-    left = ", ".join(map(str, alive)) or "none"
-    raise RunError(f"{len(alive)} of {len(hosts)} hosts still answer, too few to go on ({left}).",
-                   "repair the others and start the same command again: it resumes")
+        return alive[:count] if meeting_point(checked.answers, alive[0].name) else []
+    return []
+
+
+@contextmanager
+def leaving_by_signal() -> Iterator[None]:
+    """Between two starts nothing runs that could save: a signal ends us, after we have tidied up."""
+    def leave(number: int, frame: object) -> None:
+        raise SystemExit(CODES.get(signal.Signals(number), EXIT_PREEMPTED))
+
+    before = {number: signal.signal(number, leave) for number in FORWARDED}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

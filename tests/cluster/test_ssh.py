@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -209,12 +210,16 @@ def another_checkout(folder):
     return other
 
 
-def test_a_host_with_other_versions_is_refused_with_what_differs(hosts, tmp_path):
-    other = another_checkout(tmp_path)
+def another_version(folder):
+    other = another_checkout(folder)
     (other / "tubelet" / "__init__.py").write_text('__version__ = "9.9.9"\n')
     (other / "torch-1.0.dist-info").mkdir()
     (other / "torch-1.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 1.0\n")
-    job = Job(hosts, tmp_path, "ssh", "--python", str(shim(tmp_path, f"cd {other}")))
+    return other
+
+
+def test_a_host_with_other_versions_is_refused_with_what_differs(hosts, tmp_path):
+    job = Job(hosts, tmp_path, "ssh", "--python", str(shim(tmp_path, f"cd {another_version(tmp_path)}")))
     code, said = job.ask()
     assert code == 1 and f"{B}: has other versions: tubelet 9.9.9 instead of" in said, said
     assert "torch 1.0 instead of" in said
@@ -234,8 +239,6 @@ def test_hosts_without_the_folder_the_python_or_the_shared_disk_are_told_apart(h
 
 
 def test_a_port_that_was_asked_for_and_is_taken_is_an_error_and_any_other_is_passed_over(hosts, tmp_path):
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()
@@ -251,6 +254,42 @@ def test_an_error_of_the_program_is_the_exit_code_and_nothing_is_started_again(h
     job.all_gone()
 
 
+def doctor(job, folder):
+    """The doctor's exit code, its report, {host: what it found wrong} and what was said."""
+    report = folder / "report.json"
+    code, said = job.ask("--quick", "--skip", "speed,data", "--json", str(report), program="doctor")
+    assert report.exists() and "Traceback" not in said, said
+    found = json.loads(report.read_text())
+    wrong = {host: item for item in found["findings"] if item["status"] == "fail" for host in item["hosts"]}
+    return code, found, wrong, said
+
+
 def test_the_doctor_looks_at_both_hosts(hosts, tmp_path):
-    code, said = Job(hosts, tmp_path).ask("--quick", program="doctor")
-    assert code in (0, 1) and "clock" in said and "Traceback" not in said, said
+    code, report, wrong, said = doctor(Job(hosts, tmp_path), tmp_path)
+    assert code == 0 and not wrong, said
+    name = socket.gethostname()  # of both: one machine, which the doctor tells apart by the numbers of the nodes
+    assert [node["host"] for node in report["world"]["nodes"]] == [f"{name}#0", f"{name}#1"]
+    assert f"2 ranks on {name}#0, {name}#1" in said and "reachable" in said and "skew" in said
+
+
+def test_the_doctor_finds_a_host_that_refuses_whichever_it_is_and_examines_the_other(hosts, tmp_path):
+    for gone, left in ((B, A), (A, B)):
+        hosts.stop(gone)
+        code, report, wrong, said = doctor(Job(hosts, tmp_path), tmp_path)
+        hosts.start(gone)
+        assert code == 1 and list(wrong) == [gone] and [node["ranks"] for node in report["world"]["nodes"]] == [[0]], said
+        assert "cannot be reached by ssh" in wrong[gone]["value"] and f"--exclude {gone}" in wrong[gone]["hint"], wrong
+        assert f"{left}: tubelet doctor: 1 rank on" in said and f"fail: ranks, host {gone}" in said
+    hosts.stop(A)
+    hosts.stop(B)
+    code, said = Job(hosts, tmp_path).ask(program="doctor")
+    assert code == 1 and "2 of 2 hosts cannot be used" in said, said
+
+
+def test_the_doctor_finds_a_host_with_other_versions(hosts, tmp_path):
+    python = shim(tmp_path, f"cd {another_version(tmp_path)}")
+    code, _, wrong, said = doctor(Job(hosts, tmp_path, "ssh", "--python", str(python)), tmp_path)
+    assert code == 1 and list(wrong) == [B], said
+    for part in ("has other versions", "tubelet 9.9.9 instead of", "torch 1.0 instead of", "source code"):
+        assert part in wrong[B]["value"], wrong
+    assert "the same checkout on all hosts" in wrong[B]["hint"]
