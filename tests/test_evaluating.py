@@ -74,6 +74,28 @@ def test_an_evaluation_is_given_up_for_a_signal_saved_and_done_by_the_next_start
     assert [row["step"] for row in rows if "val/loss" in row] == ([2, 4, 6] if every else [6])
 
 
+def test_a_finished_run_that_is_started_again_returns_its_results_without_evaluating(trainer, tmp_path):
+    results = trainer(eval_loaders=[Pictures()]).fit()
+    pictures = Pictures()
+    again = trainer(eval_loaders=[pictures], beginning=resumed(tmp_path / "r"))
+    assert "val/loss" in results and again.fit() == results and pictures.passes == 0
+    assert "val/loss" in (tmp_path / "r" / "README.md").read_text()
+
+
+def test_what_is_done_on_eval_is_done_after_every_evaluation_with_model_step_and_trackers(trainer):
+    seen = []
+
+    def on_eval(model, step, trackers):
+        seen.append((step, model.training, sum(value.numel() for value in model.parameters()) > 0))
+        trackers.write(step, {"few_shot/acc1": step / 10})
+
+    running = trainer(eval_loaders=[Pictures()], eval_every=3, on_eval=on_eval)
+    running.fit()
+    assert [step for step, *_ in seen] == [3, 6] and all(there for *_, there in seen)
+    rows = [json.loads(line) for line in (running.run.folder / "metrics.jsonl").read_text().splitlines()]
+    assert [row["few_shot/acc1"] for row in rows if "few_shot/acc1" in row] == [0.3, 0.6]
+
+
 def test_what_an_evaluation_ends_the_run_for_costs_no_step(trainer, tmp_path):
     def broken():
         raise DataError("https://host/val.tar did not answer for 300 s.", "check the server")

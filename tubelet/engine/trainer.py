@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 from tubelet import dist, first_error
+from tubelet.engine.card import last_results
 from tubelet.engine.checkpoint.load import FROM_SETTINGS, restore
 from tubelet.engine.deadline import Deadline
 from tubelet.engine.digest import DigestFile
@@ -75,7 +76,7 @@ class Trainer:
         self.phases, self.stop = phases or Phases(), stop
         self.ema = ShardedEma(engine, settings.ema) if settings.ema else None
         self.evaluation = Evaluation(engine, objective, eval_loaders, self.ema, self.phases.progress)
-        self.guard, self.probe = Guard(settings.guard), LossProbe(engine.device)
+        self.guard, self.probe = Guard(settings.guard, self.state), LossProbe(engine.device)
         self.keeper = Keeper(run, settings, engine, manifest)
         self.deadline = Deadline(settings, speaks=world.speaks)
         self.view = View(settings, run=run, world=world, engine=engine, phases=self.phases, total_steps=total_steps,
@@ -152,6 +153,9 @@ class Trainer:
     def open(self) -> None:
         """Logs and data; what was logged after the restored step is dropped, so no curve overlaps."""
         self.view.open(self.state)
+        if self.state.evaluated_step == self.state.step:  # by an earlier start: it is not evaluated again
+            self.results = dist.broadcast(dist.together(
+                lambda: last_results(self.run.folder, self.state.step) if self.world.speaks else {}))
         for note in self.deadline.notes(self.keeper.longest_seconds) if self.world.speaks else ():
             print(note, flush=True)
         self.digest = DigestFile(self.run.folder, self.state.step, self.world.speaks) if self.settings.digest else None
