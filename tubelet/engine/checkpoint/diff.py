@@ -218,6 +218,7 @@ def _plain(source: Source) -> dict[str, dict[str, Any]]:
     manifest, index = source.manifest, source.index
     state = {"step": manifest["step"], "seen": manifest.get("samples"), "total_steps": manifest.get("total_steps"),
              **(manifest.get("state") or {})}
+    state.pop("recent_losses", None)  # means over ranks, whose last digits depend on how many there are
     return {
         "engine": {**manifest["engine"], "ranks": manifest["world_size"]},
         "settings": flatten(manifest.get("config") or {}),
