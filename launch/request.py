@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -24,6 +25,8 @@ TRAINING = {"pretrain": "PretrainSettings", "finetune": "FinetuneSettings"}
 MODULES = {"pretrain": "pretrain", "finetune": "finetune", "evaluate": "finetune.evaluate",
            "doctor": "tubelet.program.doctor", "data": "data_pipelines", "models": "tubelet.models.cli"}
 """Program -> the module that `python -m` runs. Those that do not train have no run folder."""
+APPS = {"evaluate": "finetune.evaluate", "doctor": "tubelet.program.doctor.cli"}
+"""Those whose command line is one of typer's, which takes no torch to check: the module with `app`."""
 ALONE = ("data", "models")
 """Programs that know no ranks: one process unless the command line asks for more."""
 SECTIONS = {"local": "", "hostfile": "hostfile", "slurm": "slurm", "k8s": "k8s"}
@@ -93,8 +96,17 @@ def wrap(container: str, command: Sequence[str]) -> list[str]:
         at = words.index("{command}")
         return [*words[:at], *command, *words[at + 1:]]
     if "{command}" in container:  # inside a quoted word: `bash -c "cd /src && {command}"`
-        return [word.replace("{command}", shlex.join(command)) for word in words]
+        return [_last(word, words[at - 1] if at else "").replace("{command}", shlex.join(command))
+                for at, word in enumerate(words)]
     return [*words, *command]
+
+
+def _last(word: str, before: str) -> str:
+    """A shell's line that ends with `{command}`, with the shell replaced by it: SLURM signals the processes that it has
+    started itself, and a shell that waits for the program would keep the signal to itself and die of it."""
+    if not re.fullmatch(r"-\w*c", before):
+        return word
+    return re.sub(r"(^|&&|\|\||[;\n])(\s*)\{command\}(\s*)$", r"\1\2exec {command}\3", word)
 
 
 def split(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -135,12 +147,19 @@ def read_request(launcher: str, words: Sequence[str]) -> Request:
             training = _training(program, [*program_words[1:], *(runs[0][2] if runs else [])])
         except ConfigError as error:
             problems.items.append(error)
-    elif settings.slurm.sweep:
-        problems.add(f"--sweep changes settings of runs, and `{program}` has none.", "--array N, with {index} in a word")
+    else:
+        try:
+            _other(program, [word.replace("{index}", "0").replace("{count}", "1") for word in program_words[1:]])
+        except ConfigError as error:
+            problems.items.append(error)
+        if settings.slurm.sweep:
+            problems.add(f"--sweep changes settings of runs, and `{program}` has none.", "--array N, with {index} in a word")
     if launcher == "local":
         _this_machine(settings, sources, problems)
     if program in ALONE:
         _one_process(settings, sources)
+    elif launcher == "slurm":
+        _a_gpu_each(settings, problems)
     problems.raise_if_any()
     request = Request(launcher, program, list(program_words[1:]), settings, sources, dry_run, training)
     request.runs = [replace(request, words=words, training=its) for words, its, _ in runs]
@@ -163,6 +182,18 @@ def _one_process(settings: LaunchSettings, sources: dict[str, str]) -> None:
     for key, value in (("nodes", "1"), ("gpus_per_node", 0), ("processes_per_node", 1)):
         if sources.get(key) != "command line":
             setattr(settings, key, value)
+
+
+def _a_gpu_each(settings: LaunchSettings, problems: Problems) -> None:
+    """Processes share no GPU; a site that gives out GPUs by itself knows how many there are."""
+    count, processes = settings.gpus_per_node, settings.processes_per_node or 0
+    if count == 0 or (count is None and settings.slurm.gpu_request == "none"):
+        return
+    given = f"--gpus-per-node {8 if count is None else count}" + (" (where it is not given)" if count is None else "")
+    count = 8 if count is None else count
+    if processes > count:
+        problems.add(f"--processes-per-node {processes} {given}: each process has a GPU of its own.",
+                     f"--processes-per-node {count}, or --gpus-per-node {processes} (0 trains on CPUs)")
 
 
 def _this_machine(settings: LaunchSettings, sources: dict[str, str], problems: Problems) -> None:
@@ -243,6 +274,26 @@ def _training(program: str, words: Sequence[str]) -> ProgramSettings | None:
         return None
     cls = getattr(importlib.import_module(f"{program}.settings"), TRAINING[program])
     return load_command(cls, command).settings
+
+
+def _other(program: str, words: Sequence[str]) -> None:
+    """The command line of a program that does not train, as far as that is known without torch. Raises `ConfigError`."""
+    if program not in APPS or "--help" in words or "-h" in words:
+        return
+    from typer.main import get_command
+
+    app = get_command(importlib.import_module(APPS[program]).app)
+    try:
+        with app.make_context(program, list(words)) as context:
+            given = [*(context.params.get("words") or []), *context.args]
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # click's usage errors have it
+            raise
+        raise ConfigError(f"{program}: {error.format_message()}",  # type: ignore[attr-defined]
+                          f"python -m {MODULES[program]} --help") from None
+    if program == "doctor":
+        options = {key: context.params[key] for key in ("quick", "timeout", "need", "skip")}
+        importlib.import_module("tubelet.program.doctor.options").read_options(given, **options)
 
 
 def visible_gpus() -> int:

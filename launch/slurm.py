@@ -9,6 +9,7 @@ commands. `--dry-run` prints every script that would be submitted, and how.
 from __future__ import annotations
 
 import fcntl
+import getpass
 import os
 import shlex
 import subprocess
@@ -20,8 +21,9 @@ from pathlib import Path
 
 from launch import folder
 from launch.request import Request
-from launch.slurm_checks import KEPT, check, check_commands, claim, cluster, test_only
-from launch.slurm_script import script
+from launch.slurm_checks import check, check_commands, claim, cluster, output_folders, test_only
+from launch.slurm_options import for_sbatch, overriding
+from launch.slurm_script import options, script
 from launch.sweep import finish_words, piece_words
 from tubelet import files
 from tubelet.errors import ConfigError, RunError
@@ -64,7 +66,8 @@ def render(request: Request) -> str:
 
 
 def _sbatch(job: Job, before: str) -> list[str]:
-    return ["sbatch", "--parsable", *([f"--dependency=afterok:{before}"] if job.after else []), str(job.path)]
+    after = [f"--dependency=afterok:{before}", "--kill-on-invalid-dep=yes"] if job.after else []
+    return ["sbatch", "--parsable", *after, str(job.path)]
 
 
 def run(request: Request) -> int:
@@ -73,11 +76,13 @@ def run(request: Request) -> int:
     check_commands()
     check(request)
     for job in made:
-        test_only(script(job.request))
+        test_only(job.request)
     with _one_at_a_time(request.launch_folder):
         for its in request.runs or [request]:
             claim(its)
         number = ""
+        for place in output_folders(request):
+            folder.prepare(place)
         for job in made:
             _write(job.path, script(job.request))
             number = _submit(job, number)
@@ -108,9 +113,7 @@ def _write(path: Path, text: str) -> None:
 def _submit(job: Job, before: str) -> str:
     """Submit a script; returns the job's number. Raises `RunError` with what sbatch said."""
     words = _sbatch(job, before)
-    # Inside of another job, its variables would be options of this one.
-    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key in KEPT}
-    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    done = subprocess.run(words, capture_output=True, text=True, env=for_sbatch(options(job.request)))
     if done.returncode:
         raise RunError(f"`{shlex.join(words)}` failed: {redact(done.stderr.strip())}.",
                        f"what sbatch asks for; the script is {job.path}")
@@ -119,7 +122,8 @@ def _submit(job: Job, before: str) -> str:
 
 def _note(request: Request, number: str) -> None:
     """For those who look at a run: which job was submitted for it."""
-    record = {"job": f"slurm-{number}", "time": time.time(), "launcher": "slurm", "cluster": cluster()}
+    record = {"job": f"slurm-{number}", "time": time.time(), "launcher": "slurm", "cluster": cluster(),
+              "user": getpass.getuser()}
     for index, run in enumerate(request.runs):
         folder.prepare(run.launch_folder)
         files.write_json(run.launch_folder / SUBMITTED, {**record, "job": f"slurm-{number}_{index}"})
@@ -134,7 +138,9 @@ def _say(request: Request, number: str) -> None:
     output = settings.slurm.output or str(request.launch_folder / f"slurm-%A{'_%a' if tasks else ''}.out")
     for pattern, text in (("%A", number), ("%j", "*" if tasks else number), ("%a", "*"), ("%x", request.name)):
         output = output.replace(pattern, text)
-    print(f"  output: tail -F {output}\n  state:  squeue -j {number}")
+    print(f"  output: tail -F {Path(request.workdir, output)}\n  state:  squeue -j {number}")
+    if ignored := overriding(options(request)):
+        print(f"  {', '.join(ignored)} of the environment: not used, the script says otherwise")
     if request.training is None:
         print(f"  stop:   scancel {number}")
         return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import getpass
 import os
 import re
 import shutil
@@ -16,15 +17,14 @@ from launch import folder
 from launch.request import Request
 from launch.restarts import read_json
 from launch.settings import seconds_of
-from launch.slurm_script import gpus
+from launch.slurm_options import for_asking, for_sbatch, given
+from launch.slurm_script import gpus, options, script
 from tubelet import files
-from tubelet.errors import EXIT_LOST, ConfigError, Problems, RunError, nearest
+from tubelet.errors import EXIT_INTERRUPTED, EXIT_LOST, EXIT_PREEMPTED, ConfigError, Problems, RunError, nearest
 from tubelet.redact import redact
 
 COMMANDS = ("sbatch", "sinfo", "squeue", "scontrol")
 ANSWER_SECONDS = 60
-KEPT = ("SLURM_CONF", "SLURM_CLUSTERS", "SLURM_TIME_FORMAT")
-"""Variables that say which SLURM is meant, not what another job has."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def check_commands() -> None:
 def ask(*words: str) -> str:
     """What a command of SLURM says. Raises `RunError` when it fails or does not answer."""
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_SECONDS)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=ANSWER_SECONDS, env=for_asking())
     except subprocess.TimeoutExpired:
         raise RunError(f"`{' '.join(words)}` took more than {ANSWER_SECONDS} s.", "again, when SLURM answers") from None
     if done.returncode:
@@ -69,7 +69,24 @@ def check(request: Request) -> None:
             claim(run, record=False)
         except RunError as error:
             problems.items.append(error)
+    for path in output_folders(request):
+        if "%" in str(path):
+            problems.add(f"The job's output would lie in {path}: SLURM makes no folders, and fails a job without a word "
+                         "when its output's is not there.", f"--output {path.parent}/%x-%j.out: % in the file's name alone")
+            continue
+        try:
+            writable(path)
+        except RunError as error:
+            problems.add(error.problem, "another --output, or permissions there")
     problems.raise_if_any()
+
+
+def output_folders(request: Request) -> list[Path]:
+    """Folders of the job's output and errors where they are not this launcher's own; SLURM does not make them."""
+    found = given(options(request))
+    places = [Path(request.workdir, found[key].replace("%x", request.name)).parent for key in ("output", "error")
+              if found.get(key)]
+    return [place for place in dict.fromkeys(places) if place != request.launch_folder]
 
 
 # -------------------------------------------------------------------------------------------------- the cluster
@@ -95,11 +112,14 @@ def _check_nodes(request: Request, problems: Problems) -> None:
     _check_names(slurm, problems)
     everywhere = partitions()
     names = sorted({nodes.partition for nodes in everywhere})
-    wanted = slurm.partition.split(",") if slurm.partition else [nodes.partition for nodes in everywhere if nodes.default]
+    asked = given(options(request)).get("partition")
+    named = asked or os.environ.get("SBATCH_PARTITION")
+    wanted = named.split(",") if named else [nodes.partition for nodes in everywhere if nodes.default]
     for name in wanted:
         if name not in names:
             close = nearest(name, names)
-            problems.add(f"`slurm.partition` {name} is no partition of this cluster.", (close or [", ".join(names)])[0])
+            problems.add(f"{'`slurm.partition`' if asked else '$SBATCH_PARTITION'} {name} is no partition of this cluster.",
+                         (close or [", ".join(names)])[0])
     if not wanted:
         problems.add("The cluster has no default partition, and `slurm.partition` is not given.",
                      f"--partition {names[0] if names else 'NAME'}")
@@ -151,10 +171,10 @@ def _check_names(slurm: Any, problems: Problems) -> None:
                          close[0] if close else "a node that `sinfo -N` lists")
 
 
-def test_only(text: str) -> None:
-    """Let SLURM say whether it would take a script (accounts, limits, features). Raises `ConfigError` with its words."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("SLURM_") or key in KEPT}
-    done = subprocess.run(["sbatch", "--test-only"], input=text, capture_output=True, text=True, env=env)
+def test_only(request: Request) -> None:
+    """Let SLURM say whether it would take a job (accounts, limits, features). Raises `ConfigError` with its words."""
+    done = subprocess.run(["sbatch", "--test-only"], input=script(request), capture_output=True, text=True,
+                          env=for_sbatch(options(request)))
     if done.returncode or "allocation failure" in done.stderr:
         said = [line.removeprefix("sbatch: error: ") for line in done.stderr.strip().splitlines()] or ["without a reason"]
         raise ConfigError(f"SLURM would refuse this job: {redact('; '.join(dict.fromkeys(said)))}.",
@@ -179,22 +199,36 @@ def writable(path: Path) -> None:
 
 
 @functools.cache
+def _config() -> str:
+    return ask("scontrol", "show", "config")
+
+
 def cluster() -> str:
     """The name of this cluster: numbers of jobs mean nothing on another."""
-    found = re.search(r"ClusterName\s*=\s*(\S+)", ask("scontrol", "show", "config"))
+    found = re.search(r"^ClusterName\s*=\s*(\S+)", _config(), re.MULTILINE)
     return found[1] if found else ""
 
 
+def sees_jobs_of(user: str) -> bool:
+    """Whether SLURM would show us a job of `user`: with PrivateData=jobs everybody sees their own alone."""
+    private = re.search(r"^PrivateData\s*=\s*(\S+)", _config(), re.MULTILINE)
+    hidden = private is not None and {"jobs", "all"} & set(private[1].lower().split(","))
+    return not hidden or user == getpass.getuser() or os.getuid() == 0
+
+
 def state_of(job: str) -> str:
-    """State of a job (`RUNNING`, `PENDING`, ...); "" when SLURM does not have it in its queue any more."""
-    done = subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True, timeout=ANSWER_SECONDS)
-    if done.returncode and "Invalid job id" not in done.stderr:
-        raise RunError(f"`squeue -j {job}` failed: {done.stderr.strip()}.", "again, when SLURM answers (`scontrol ping`)")
-    return " ".join(dict.fromkeys(done.stdout.split()))
+    """State of a job (`RUNNING`, `PENDING`, ...); "" when SLURM does not show it in its queue any more."""
+    try:
+        said = ask("squeue", "-h", "-j", job, "-o", "%T")
+    except RunError as error:
+        if "Invalid job id" not in error.problem:
+            raise
+        return ""
+    return " ".join(dict.fromkeys(said.split()))
 
 
 def claim(request: Request, record: bool = True) -> None:
-    """Raises `RunError` when another job writes the run's folder or waits to do so.
+    """Raises `RunError` when another job writes the run's folder or waits to do so, or may do so unseen by us.
 
     A start that left no record of its end, of a job of this cluster that SLURM does not know any more, was killed: it is
     written down (unless not `record`), so that the new job, which cannot tell, may follow it.
@@ -205,13 +239,20 @@ def claim(request: Request, record: bool = True) -> None:
     submitted, here = read_json(place / "submitted.json"), cluster()
     last = folder.open_attempt(request)
     ours = submitted.get("cluster", here) == here
-    for job in dict.fromkeys(filter(None, [str(submitted.get("job", "")), last.job if last else ""])):
+    way_out = "run.take_over=true (it then leaves with exit code 86); or another run.name"
+    users = {str(submitted.get("job", "")): str(submitted.get("user", ""))}
+    if last:
+        users[last.job] = last.user
+    for job, user in users.items():
         number = job.removeprefix("slurm-")
-        if not job.startswith("slurm-") or not ours or free or not (state := state_of(number)):
+        if not job.startswith("slurm-") or not ours or free:
             continue
-        raise RunError(f"Job {number} writes {request.run_folder}: it is {state.lower()}. Two jobs must never write one run "
-                       "folder.", f"scancel {number}; or run.take_over=true (it then leaves with exit code 86); or another "
-                                  "run.name")
+        if state := state_of(number):
+            raise RunError(f"Job {number} writes {request.run_folder}: it is {state.lower()}. Two jobs must never write one "
+                           "run folder.", f"scancel {number}; or {way_out}")
+        if not sees_jobs_of(user) and not _is_over(request, job):
+            raise RunError(f"Job {number} of {user or 'somebody'} may still write {request.run_folder}: this cluster shows "
+                           "nobody the jobs of others (PrivateData).", f"ask {user or 'them'} whether it runs; or {way_out}")
     if last is None or free:
         return
     if last.job.startswith("slurm-") and ours and submitted.get("job") == last.job:
@@ -221,3 +262,13 @@ def claim(request: Request, record: bool = True) -> None:
                 "error": f"job {last.job} left no record of its end and is not in SLURM's queue any more"})
         return
     folder.check_owner(request)
+
+
+def _is_over(request: Request, job: str) -> bool:
+    """Whether the newest start of a job wrote down an end after which nobody starts it again."""
+    run = folder.the_run(request)
+    attempts = run.attempts() if run else []
+    if run is None or not attempts or attempts[-1].job != job:
+        return False
+    code = read_json(run.folder / "attempts" / f"{attempts[-1].number:04d}.end.json").get("code")
+    return isinstance(code, int) and code not in (EXIT_PREEMPTED, EXIT_LOST) and code <= EXIT_INTERRUPTED

@@ -12,8 +12,10 @@ from collections.abc import Iterable
 
 from launch.forward import hidden
 from launch.request import ALONE, TRAINING, Request
+from launch.slurm_options import quoted
 from launch.sweep import INDEX, piece_words
 from launch.workers import DEFAULTS, with_setup
+from tubelet.errors import EXIT_LOST
 
 WAIT_SECONDS = 60
 """How long the other ranks may live on after the first has ended: they must learn of it and write down what they saw."""
@@ -21,6 +23,8 @@ LEFT_OVER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "TUBELET_JO
 """Variables of the shell that submits which would tell the ranks something wrong."""
 START = "launch: start"
 """Beginning of the line that the output of every start begins with."""
+UNDECIDED = 20
+"""How often a job that saves and leaves is started again while nobody can be asked whether it gets anywhere."""
 
 
 def script(request: Request, hide: bool = False) -> str:
@@ -61,9 +65,17 @@ def options(request: Request) -> list[str]:
              "chdir": request.workdir, "output": slurm.output or str(
                  request.launch_folder / ("slurm-%A_%a.out" if tasks else "slurm-%j.out")), "open-mode": "append"}
     flags = ["--exclusive"] if slurm.exclusive else []
-    flags.append("--requeue" if trains and settings.restart.max_without_progress else "--no-requeue")
+    again = settings.restart.max_without_progress if trains else _keeps_what_is_done(request)
+    flags.append("--requeue" if again else "--no-requeue")
     return [*(f"--{key}={shlex.quote(str(value))}" for key, value in found.items() if value is not None), *_gpus(request),
-            *flags, *slurm.sbatch]
+            *flags, *map(quoted, slurm.sbatch)]
+
+
+def _keeps_what_is_done(request: Request) -> bool:
+    """Whether a program that does not train goes on where it was when SLURM starts it again: a piece of `data write` keeps
+    its finished shards, and the step after all pieces begins anew."""
+    pieces = request.settings.slurm.array or any(word.startswith(("--piece", "--finish")) for word in request.words)
+    return request.program == "data" and request.words[:1] == ["write"] and bool(pieces)
 
 
 def gpus(request: Request) -> int:
@@ -90,7 +102,7 @@ def _gpus(request: Request) -> list[str]:
 def _environment(request: Request, hide: bool) -> Iterable[str]:
     settings = request.settings
     given = hidden(settings.environment) if hide else settings.environment
-    yield f"unset {' '.join(LEFT_OVER)}"
+    yield f"unset {' '.join(LEFT_OVER)} " + '"${!SQUEUE_@}" "${!SCONTROL_@}"'
     if settings.cpus_per_task is None:
         yield f"cores=$((SLURM_CPUS_ON_NODE / {settings.tasks_per_node}))"
     threads = settings.cpus_per_task or "$((cores > 0 ? cores : 1))"
@@ -110,10 +122,14 @@ def _place(request: Request) -> Iterable[str]:
         yield "export MASTER_ADDR=${hosts%%$'\\n'*}"
         yield "# A port that somebody else holds at one start is another one at the next."
         yield "export MASTER_PORT=$((20000 + (SLURM_JOB_ID + 61 * ${SLURM_RESTART_COUNT:-0}) % 12000))"
-        yield "# When this job ends, for containers: SLURM's commands are missing there."
-        yield 'TUBELET_END_TIME=$(SLURM_TIME_FORMAT=standard squeue -h -j "$job" -o %e)'
+        yield "# When this job ends, for containers: they have no commands of SLURM, and perhaps another time zone."
+        yield 'ends=$(SLURM_TIME_FORMAT=standard squeue -h -j "$job" -o %e)'
+        yield 'TUBELET_END_TIME=$([ -z "$ends" ] || date -d "$ends" +%s 2>/dev/null)'
         yield "export TUBELET_END_TIME"
-    yield f'echo "{START} ${{SLURM_RESTART_COUNT:-0}} of job $job on $SLURM_JOB_NODELIST, $(date "+%F %T")"'
+    yield f'start="{START} ${{SLURM_RESTART_COUNT:-0}} of job $job on $SLURM_JOB_NODELIST, $(date "+%F %T")"'
+    yield 'echo "$start"'
+    if request.program in TRAINING:
+        yield '[ "/proc/$$/fd/1" -ef "/proc/$$/fd/2" ] || echo "$start" >&2 # where srun says which node failed'
 
 
 def _command(request: Request) -> list[str]:
@@ -142,7 +158,8 @@ def _srun(request: Request) -> list[str]:
     settings, per_node = request.settings, request.settings.tasks_per_node
     tasks = "$SLURM_JOB_NUM_NODES" if per_node == 1 else f"$((SLURM_JOB_NUM_NODES * {per_node}))"
     step = [f'--nodes="$SLURM_JOB_NUM_NODES" --ntasks="{tasks}" --ntasks-per-node={per_node}',
-            f"--distribution=block --kill-on-bad-exit=0 --wait={WAIT_SECONDS}"]
+            f"--distribution=block --kill-on-bad-exit=0 --wait={WAIT_SECONDS}",
+            "--export=ALL"]  # a job that was submitted with --export=NONE hands that on to its steps
     if settings.cpus_per_task:
         step.append(f"--cpus-per-task={settings.cpus_per_task}")  # srun does not take it over from sbatch
     if gpus(request):
@@ -152,7 +169,21 @@ def _srun(request: Request) -> list[str]:
     if request.program not in TRAINING:
         return lines
     return ["# Signals are for the ranks, which save and leave; this shell waits for them.", "trap '' USR1 USR2",
-            "trap 'ended=1' TERM", *lines]
+            "trap 'ended=1' TERM",
+            "# srun's own failures (the controller does not answer) are like a lost rank, not like an error.",
+            f"export SLURM_EXIT_ERROR={EXIT_LOST}", *lines]
+
+
+def _in_the_container(request: Request) -> list[str]:
+    """What a command is run by so that it runs where the ranks do, when srun's options name a container; else nothing. Of
+    those options the others are for many ranks, and --label or --output would spoil what the command says."""
+    kept, inside, given = [], False, request.settings.slurm.srun
+    if not any(option.partition("=")[0] in ("--container", "--container-image", "--container-name") for option in given):
+        return []
+    for option in given:
+        inside = option.startswith(("--container", "--no-container")) or (inside and not option.startswith("-"))
+        kept += [shlex.quote(option)] * inside
+    return ["srun --nodes=1 --ntasks=1 --ntasks-per-node=1", '--nodelist="$SLURMD_NODENAME" --export=ALL', *kept]
 
 
 def _restart(request: Request) -> list[str]:
@@ -164,30 +195,41 @@ def _restart(request: Request) -> list[str]:
         ask.append("--not-on-failure")
     if restart.exclude_failed_node:
         ask.append(f"--exclude={request.settings.slurm.exclude or ''}")
-    words = shlex.join(with_setup(request.settings.setup, request.wrapped(ask)))
+    words = " ".join([*_in_the_container(request), shlex.join(with_setup(request.settings.setup, request.wrapped(ask)))])
+    most = restart.max_without_progress
     lines = f"""
-if [ -n "${{ended:-}}" ] && ! scontrol show job -o "$job" | grep -q 'Reason=TimeLimit'; then
-    exit "$code" # cancelled, or taken away by SLURM, which starts it again itself
-fi
+leave_if_ended() {{
+    if [ -n "${{ended:-}}" ] && ! scontrol show job -o "$job" | grep -q 'Reason=TimeLimit'; then
+        exit "$code" # cancelled, or taken away by SLURM, which starts it again itself
+    fi
+}}
+leave_if_ended
 export TUBELET_CODE=$code TUBELET_JOB=slurm-$job TUBELET_HOSTS=$hosts
-TUBELET_OUTPUT=$(readlink "/proc/$$/fd/1")
+TUBELET_OUTPUT=$(readlink "/proc/$$/fd/2")
 export TUBELET_OUTPUT
 answer=$({words} | tail -n 1)
 case "$answer" in
 restart*) ;;
 stop*) exit "${{answer#stop }}" ;;
 *)
-    echo "launch: it could not be decided whether to start again; exit code $code does" >&2
-    [ "$code" -eq 85 ] || exit "$code"
+    case "$code" in
+    85) most={UNDECIDED if most else 0} ;;
+    {EXIT_LOST} | 129 | 13[1-9] | 1[4-9]? | 2??) most={most if restart.on_failure else 0} ;;
+    *) most=0 ;;
+    esac
+    echo "launch: it could not be decided whether to start again; exit code $code does, $most time(s) at most" >&2
+    [ "${{SLURM_RESTART_COUNT:-0}}" -lt "$most" ] || exit "$code"
     ;;
 esac
-trap '' TERM # SLURM ends this shell when the job is requeued, and something may be left to do
 for pause in 0 5 15 30 60; do
     sleep "$pause"
+    leave_if_ended # meanwhile
+    trap '' TERM # SLURM ends this shell when the job is requeued, and something may be left to do
     if scontrol requeue "$job"; then
         requeued=1
         break
     fi
+    trap 'ended=1' TERM
 done
 if [ -z "${{requeued:-}}" ]; then
     echo "error: the job could not be requeued. Try: scontrol requeue $job" >&2

@@ -8,15 +8,16 @@
 #SBATCH --chdir=/shared/tubelet
 #SBATCH --output=/shared/tubelet/runs/.launch/data/slurm-%A_%a.out
 #SBATCH --open-mode=append
-#SBATCH --no-requeue
+#SBATCH --requeue
 
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE TUBELET_JOB TUBELET_RESTARTS TUBELET_END_TIME
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE TUBELET_JOB TUBELET_RESTARTS TUBELET_END_TIME "${!SQUEUE_@}" "${!SCONTROL_@}"
 cores=$((SLURM_CPUS_ON_NODE / 1))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}" PYTHONUNBUFFERED=1
 
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-echo "launch: start ${SLURM_RESTART_COUNT:-0} of job $job on $SLURM_JOB_NODELIST, $(date "+%F %T")"
+start="launch: start ${SLURM_RESTART_COUNT:-0} of job $job on $SLURM_JOB_NODELIST, $(date "+%F %T")"
+echo "$start"
 
 command=(/opt/tubelet/bin/python -m data_pipelines write /data/imagenet /shards/imagenet --check --piece '{index}/16')
 command=("${command[@]//\{index\}/$SLURM_ARRAY_TASK_ID}")
@@ -24,6 +25,7 @@ command=("${command[@]//\{index\}/$SLURM_ARRAY_TASK_ID}")
 srun \
     --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     --distribution=block --kill-on-bad-exit=0 --wait=60 \
+    --export=ALL \
     "${command[@]}"
 code=$?
 exit "$code"
@@ -37,22 +39,24 @@ exit "$code"
 #SBATCH --chdir=/shared/tubelet
 #SBATCH --output=/shared/tubelet/runs/.launch/data/slurm-%j.out
 #SBATCH --open-mode=append
-#SBATCH --no-requeue
+#SBATCH --requeue
 
-unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE TUBELET_JOB TUBELET_RESTARTS TUBELET_END_TIME
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE TUBELET_JOB TUBELET_RESTARTS TUBELET_END_TIME "${!SQUEUE_@}" "${!SCONTROL_@}"
 cores=$((SLURM_CPUS_ON_NODE / 1))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((cores > 0 ? cores : 1))}" PYTHONUNBUFFERED=1
 
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
-echo "launch: start ${SLURM_RESTART_COUNT:-0} of job $job on $SLURM_JOB_NODELIST, $(date "+%F %T")"
+start="launch: start ${SLURM_RESTART_COUNT:-0} of job $job on $SLURM_JOB_NODELIST, $(date "+%F %T")"
+echo "$start"
 
 command=(/opt/tubelet/bin/python -m data_pipelines write /data/imagenet /shards/imagenet --check --finish)
 
 srun \
     --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
     --distribution=block --kill-on-bad-exit=0 --wait=60 \
+    --export=ALL \
     "${command[@]}"
 code=$?
 exit "$code"
-# submitted with: sbatch --parsable --dependency=afterok:JOB /shared/tubelet/runs/.launch/data/data-finish.sbatch
+# submitted with: sbatch --parsable --dependency=afterok:JOB --kill-on-invalid-dep=yes /shared/tubelet/runs/.launch/data/data-finish.sbatch
