@@ -2,8 +2,8 @@
 
 The last line of its output is for the script: `restart`, `restart without NODE,...` or `stop CODE`; the rest is for people.
 The script hands over in variables, which pass into containers: TUBELET_RUN (the run's folder), TUBELET_CODE (what srun
-returned), TUBELET_JOB, TUBELET_HOSTS (node names, a line each), TUBELET_OUTPUT (the file with the job's output, which holds
-what srun says of tasks that died), and SLURM's own.
+returned), TUBELET_JOB, TUBELET_HOSTS (node names, a line each), TUBELET_OUTPUT (the file of the job's errors, as a rule that
+of its output too, which holds what srun says of tasks that died), and SLURM's own.
 """
 
 from __future__ import annotations
