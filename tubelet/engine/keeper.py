@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import math
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from tubelet.engine.checkpoint.folder import (
     write_best,
 )
 from tubelet.engine.checkpoint.format import folder_name, read_manifest
-from tubelet.engine.checkpoint.place import place
+from tubelet.engine.checkpoint.place import StoreError, place
 from tubelet.engine.checkpoint.save import Saver
 from tubelet.engine.checkpoint.verifying import is_published
 from tubelet.engine.guard import JUMPS
@@ -30,6 +33,9 @@ from tubelet.engine.settings import EngineSettings
 from tubelet.engine.state import TrainState
 from tubelet.errors import CheckpointError
 from tubelet.runs import Run
+
+SAVING = "saving.json"
+"""In the run's folder: how long a save of the last start took, so that the next one knows it before its own first."""
 
 
 def target_of(settings: EngineSettings, run: Run) -> Path:
@@ -47,6 +53,8 @@ def finish_going_back(run: Run, target: Path) -> list[str]:
     def stale(jump: dict[str, Any], path: Path) -> bool:
         try:
             manifest = read_manifest(path)
+        except StoreError:
+            raise
         except CheckpointError:
             return False  # `choose` says what is wrong with it
         known, made = (manifest.get("state") or {}).get("jumps") or [], {key: jump[key] for key in ("step", "seen", "to")}
@@ -79,7 +87,13 @@ class Keeper:
         None = all is well."""
         self.saved_step = -1
         self.saved_at = time.monotonic()
-        self.longest_seconds = 0.0
+        self.longest_seconds = dist.broadcast(_saves_took(run) if engine.world.rank == 0 else 0.0)
+        """What a save takes at most, from its beginning to its publication; before this start's first one, what it took the
+        start before; 0 = unknown. Beside the checkpoints, not in them: equal runs have equal checkpoints."""
+        self._longest_here = 0.0
+        self._told: set[type] = set()
+        if engine.world.speaks:
+            _say_rare_milestones(settings)
 
     def resumed(self, state: TrainState) -> None:
         """The run goes on from its own checkpoint of `state.step`. If that one was judged the best only after it had been
@@ -125,22 +139,40 @@ class Keeper:
         return True
 
     def _published(self) -> None:
-        self.longest_seconds = max(self.longest_seconds, self.saver.last_seconds)
+        took = self.saver.last_seconds
+        self.longest_seconds = max(self.longest_seconds, took)
+        if took > self._longest_here:
+            self._longest_here = took
+            if self.engine.world.rank == 0 and self.run.attempt is not None:
+                with suppress(OSError):  # the checkpoint is safe, which counts
+                    files.write_json(self.run.folder / SAVING, {"attempt": self.run.number, "longest_seconds": took})
         dist.together(self._tidy)
 
     def _tidy(self) -> None:
+        """The checkpoint is safe by now: no trouble with others ends the run, except that they are another attempt's."""
         if self.engine.world.rank != 0:
             return
-        best, settings = self._best, self.settings
+        try:
+            self._tidy_up()
+        except (CheckpointError, OSError) as error:
+            if type(error) not in self._told:
+                self._told.add(type(error))
+                print(f"warning: old checkpoints in {self.target} could not be tidied up; the new one is safe, and the next "
+                      f"save tries again. {error if isinstance(error, CheckpointError) else error.strerror or error}",
+                      flush=True)
+
+    def _tidy_up(self) -> None:
+        best, settings, protect = self._best, self.settings, []
         recorded = read_best(self.target) or {}
         if best and any(recorded.get(key) != best[key] for key in best):  # or a kill, or going back, came in between
             folder = self.target / folder_name(best["step"])
             try:
                 write_best(self.target, folder, best["metric"], best["value"])
+            except StoreError:
+                raise  # it is not recorded yet and would be pruned
             except CheckpointError:
                 if best["step"] == self.saved_step:
                     raise
-        protect = []
         if self.doubtful_from is not None:  # where the run would go back to
             there = [path for path in published(self.target) if step_of(path) <= self.doubtful_from]
             protect = ([path for path in there if step_of(path) < self.doubtful_from] or there)[-1:]
@@ -183,3 +215,22 @@ class Keeper:
     def close(self) -> None:
         """End the writer; what is not published by now never is."""
         self.saver.close()
+
+
+def _saves_took(run: Run) -> float:
+    """Seconds of the longest save of the last start that saved; 0 when nobody knows."""
+    try:
+        took = float(json.loads((run.folder / SAVING).read_text())["longest_seconds"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0.0
+    return took if 0 <= took < math.inf else 0.0
+
+
+def _say_rare_milestones(settings: EngineSettings) -> None:
+    """`keep_every` keeps what is saved, and saves nothing itself."""
+    every, save_every = settings.keep_every, settings.save_every
+    regular = settings.save_every_minutes is None and settings.checkpoint.best is None  # else there are other steps too
+    if every and every % save_every and regular:
+        print(f"note: keep_every={every} is no multiple of save_every={save_every}, so only one checkpoint in "
+              f"{math.lcm(every, save_every)} steps is kept for good. Try: "
+              f"keep_every={-(-every // save_every) * save_every}", flush=True)

@@ -41,30 +41,47 @@ _stays: set[str] = set()  # what could not be removed, and that was said
 
 def prunable(run: str | Path, *, keep_last: int, keep_every: int | None = None, keep_milestones: int | None = None,
              protect: Collection[Path] = (), idle: bool = False) -> list[Path]:
-    """What `prune` would remove, oldest first. Reads all bytes of those to be kept that this process has not read or
-    written yet."""
+    """What `prune` would remove, oldest first. Reads all bytes of the newest `keep_last` that this process has not read or
+    written yet, and of none when there is nothing to remove anyway."""
     assert keep_last >= 1
     run = place.place(run)
-    found = steps(run)[::-1]  # newest first
+    there = place.folders(run)
+    found = sorted((path for path in there if step_of(path) >= 0), key=step_of, reverse=True)
     finished = {path for path in found if is_published(path)}
-    good: list[Path] = []  # the newest that verify; older ones need not be read
-    removed = []
-    for folder in found:
-        if len(good) < keep_last:
-            if folder in finished and still_whole(folder):
-                good.append(folder)
-            elif good and folder not in finished:
-                removed.append(folder)  # a save that never finished, and a later one did
-        else:
-            removed.append(folder)
-    if idle and good:  # above the newest whole one too: of a start that was killed, and this one went on from before
-        removed = [path for path in found if path not in finished and step_of(path) > step_of(good[0])
-                   and not _changed_since(path, good[0] / MANIFEST)] + removed
+
+    def unneeded(whole: Callable[[Path], bool]) -> list[Path]:
+        """What would go, but for what is kept anyway, if `whole` were the truth; the fewer are whole, the less goes."""
+        good, gone = _unneeded(found, finished, keep_last, whole)
+        if idle and good:  # above the newest whole one too: of a start that was killed, and this one went on from before
+            gone = [path for path in found if path not in finished and step_of(path) > step_of(good[0])
+                    and not _changed_since(path, good[0] / MANIFEST)] + gone
+        return gone + _away(there, [step_of(folder) for folder in good], keep_last)
+
+    most = unneeded(lambda folder: True)
+    if not most:
+        return []
     kept = {place.key(path) for path in [*map(place.place, protect), *_best_folder(run)]}
     kept |= {place.key(path) for path in _milestones([path for path in found if path in finished], keep_every,
-                                                     keep_milestones, bool(removed))}
-    removed += _away(run, [step_of(folder) for folder in good], keep_last)
-    return [folder for folder in removed if place.key(folder) not in kept][::-1]
+                                                     keep_milestones)}
+    if kept.issuperset(map(place.key, most)):
+        return []
+    return [path for path in unneeded(still_whole) if place.key(path) not in kept][::-1]
+
+
+def _unneeded(found: list[Path], finished: set[Path], keep_last: int,
+              whole: Callable[[Path], bool]) -> tuple[list[Path], list[Path]]:
+    """Of step folders, newest first: the `keep_last` newest that are whole, and what is not needed because of them."""
+    good: list[Path] = []  # older ones need not be read
+    unneeded = []
+    for folder in found:
+        if len(good) < keep_last:
+            if folder in finished and whole(folder):
+                good.append(folder)
+            elif good and folder not in finished:
+                unneeded.append(folder)  # a save that never finished, and a later one did
+        else:
+            unneeded.append(folder)
+    return good, unneeded
 
 
 def prune(run: str | Path, *, keep_last: int, keep_every: int | None = None, keep_milestones: int | None = None,
@@ -72,11 +89,11 @@ def prune(run: str | Path, *, keep_last: int, keep_every: int | None = None, kee
     """Remove old checkpoints and saves that never finished; returns what was removed. Rank 0 calls it.
 
     Kept are the `keep_last` newest that verify; of those whose step is a multiple of `keep_every` the `keep_milestones`
-    newest that verify (None = all, unread); the best one (`write_best`); those in `protect`. Nothing is removed unless a
-    newer checkpoint verifies; what cannot be removed is said once and stays. With `idle` the caller says that this run is
-    its own and that it is writing no checkpoint: then saves above the newest whole one that never finished go too, once
-    they have not been touched since that one was published. `before_delete` runs before each removal and
-    may raise (the check that this attempt still owns the run).
+    newest whose files are there in full (None = all); the best one (`write_best`); those in `protect`. Nothing is removed
+    unless a newer checkpoint verifies; what cannot be removed is said once and stays. With `idle` the caller says that this
+    run is its own and that it is writing no checkpoint: then saves above the newest whole one that never finished go too,
+    once they have not been touched since that one was published. `before_delete` runs before each removal and may raise
+    (the check that this attempt still owns the run).
     """
     run = place.place(run)
     found = prunable(run, keep_last=keep_last, keep_every=keep_every, keep_milestones=keep_milestones, protect=protect,
@@ -115,9 +132,10 @@ def _say_stays(folder: Path, error: Exception) -> None:
               "hand, or leave it", flush=True)
 
 
-def _milestones(finished: list[Path], every: int | None, count: int | None, needed: bool) -> list[Path]:
-    """Of published folders, newest first, those that are kept as milestones. They are read only when one may go."""
-    if not every or not needed:
+def _milestones(finished: list[Path], every: int | None, count: int | None) -> list[Path]:
+    """Of published folders, newest first, those that are kept as milestones. What they hold is not read: all ranks wait, and
+    the newest, which are what a run goes on from, are."""
+    if not every:
         return []
     multiples = [path for path in finished if step_of(path) % every == 0]
     if count is None or len(multiples) <= count:
@@ -127,15 +145,15 @@ def _milestones(finished: list[Path], every: int | None, count: int | None, need
         if whole == count:
             break
         kept.append(path)  # a damaged one among the newest takes nobody's place, and is left to people
-        whole += still_whole(path)
+        whole += still_whole(path, deep=False)
     return kept
 
 
-def _away(run: Path, good: list[int], keep_last: int) -> list[Path]:
+def _away(there: list[Path], good: list[int], keep_last: int) -> list[Path]:
     """Folders set aside that are not needed any more: one that a killed save was replacing, once a newer checkpoint is
     whole; one that was rolled back, once two are (or as many as are kept)."""
     removed = []
-    for path in place.folders(run):
+    for path in there:
         found = _AWAY.fullmatch(path.name)
         if found:
             newer = sum(step > step_of(path.with_name(found[1])) for step in good)

@@ -4,9 +4,10 @@ A local place is a `pathlib.Path`; a URL (`s3://`, `gs://`, `memory://`, whateve
 Path's interface. The difference that matters is what can be made to happen at one instant: on a disk a rename, in a store
 the PUT of one small object. A checkpoint's manifest is published by either, so a half-written checkpoint is never seen.
 
-Stores fail now and then: each call is tried a few times, and what remains is a `CheckpointError` with the URL, its secrets
-blotted out. Errors of a local file system pass as the `OSError` they are. Credentials come from the environment, as the
-drivers find them. The invisible parts that a killed upload leaves in S3 are removed by a lifecycle rule of the bucket.
+Stores fail now and then: each call is tried again for some minutes, and what remains is a `StoreError` with the URL, its
+secrets blotted out. Errors of a local file system pass as the `OSError` they are. Credentials come from the environment,
+as the drivers find them. The invisible parts that a killed upload leaves in S3 are removed by a lifecycle rule of the
+bucket.
 
 Not here: what a checkpoint consists of (`format.py`, `folder.py`). No torch: the writing process imports this too.
 """
@@ -20,7 +21,7 @@ import random
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,10 +31,19 @@ from tubelet.redact import redact
 
 T = TypeVar("T")
 
-PAUSES = (0.5, 2.0, 5.0)
-"""Seconds between the tries of one call to a store, beside what its driver does by itself."""
+
+class StoreError(CheckpointError):
+    """A store that did not answer, or refused: it says nothing about the checkpoints in it."""
+
+
+PAUSES = (0.5, 2.0, 5.0, 10.0, 20.0)
+"""Seconds between the tries of one call to a store, beside what its driver does by itself; the last one comes again and
+again."""
 PATIENCE_SECONDS = 300.0
-"""A call that has taken so long in all is not tried again: a store that hangs must not take hours to be noticed."""
+"""How long after it first failed a call is tried again: stores have outages of minutes, and a run must not end of one; but
+one that is gone, or hangs, must not take hours to be noticed."""
+SAY_SECONDS = 5.0
+"""A pause of so many seconds is said, by the rank that speaks: all GPUs may be waiting for it."""
 PART = 16 * 2**20
 """Bytes a request when a file is read from its beginning to its end."""
 
@@ -111,7 +121,7 @@ def key(path: Path) -> str:
 
 @contextmanager
 def store_errors(path: Path, doing: str) -> Iterator[None]:
-    """What a store's driver raises inside becomes a `CheckpointError` that names the place; local errors pass as they are.
+    """What a store's driver raises inside becomes a `StoreError` that names the place; local errors pass as they are.
     A missing file stays a FileNotFoundError. `doing`: "reading", "writing"."""
     try:
         yield
@@ -123,11 +133,11 @@ def store_errors(path: Path, doing: str) -> Iterator[None]:
         raise _worded(path, doing, error, 1) from None
 
 
-def _worded(path: Path, doing: str, error: BaseException, tries: int) -> CheckpointError:
+def _worded(path: Path, doing: str, error: BaseException, tries: int) -> StoreError:
     text = redact(f"{type(error).__name__}: {error}"[:400]).rstrip(".: ")
     denied = isinstance(error, PermissionError) or _status(error) in (401, 403) or "Credentials" in type(error).__name__
     often = f" ({tries} times)" if tries > 1 else ""
-    return CheckpointError(
+    return StoreError(
         f"{doing[0].upper()}{doing[1:]} {path} failed{often}: {text}.",
         "credentials in the environment or credential files of this node that may read and write there, not in settings"
         if denied else "check the URL, `checkpoint.storage` (endpoint_url ...) and this node's network; checkpoints that "
@@ -144,26 +154,32 @@ def _status(error: BaseException) -> int:
 
 def _hopeless(error: BaseException) -> bool:
     status = _status(error)
-    return (isinstance(error, (PermissionError, TypeError, ValueError, AttributeError, ImportError, IsADirectoryError))
+    return (isinstance(error, (PermissionError, TypeError, ValueError, AttributeError, ImportError, IsADirectoryError,
+                               NotImplementedError))
             or isinstance(error, OSError) and error.errno in _FINAL
             or 400 <= status < 500 and status not in (408, 429) or "Credentials" in type(error).__name__)
 
 
 def patiently(path: Path, doing: str, action: Callable[[], T]) -> T:
-    """`action()`; on a store it is tried again after each of `PAUSES` unless the error says that it is no use."""
+    """`action()`; on a store it is tried again for `PATIENCE_SECONDS`, unless the error says that it is no use."""
     if not is_remote(path):
         return action()
-    until = time.monotonic() + PATIENCE_SECONDS
-    for tries in range(1, len(PAUSES) + 2):
+    until, tries = 0.0, 0
+    while True:
+        tries += 1
         try:
             return action()
         except (TubeletError, FileNotFoundError):
             raise
         except Exception as error:
-            if tries > len(PAUSES) or _hopeless(error) or time.monotonic() > until:
+            until = until or time.monotonic() + PATIENCE_SECONDS  # from here on: an upload may itself take longer than that
+            pause = PAUSES[min(tries, len(PAUSES)) - 1]
+            left = until - time.monotonic()
+            if _hopeless(error) or left < pause:
                 raise _worded(path, doing, error, tries) from None
-        time.sleep(PAUSES[tries - 1] * random.Random().uniform(0.5, 1.5))  # its own generator: nothing here moves others'
-    raise AssertionError
+            if pause >= SAY_SECONDS and os.environ.get("RANK", "0") == "0":
+                print(f"warning: {_worded(path, doing, error, tries).problem} Trying again for {left:.0f} s.", flush=True)
+        time.sleep(pause * random.Random().uniform(0.5, 1.0))  # its own generator: nothing here moves others'
 
 
 # ------------------------------------------------------------------------------------------------- looking and reading
@@ -277,8 +293,9 @@ def make_folder(path: Path) -> None:
 
 def check_writable(path: Path) -> None:
     """Raise `CheckpointError` unless files can be made and removed in this folder, which is made if need be. Rank 0 calls it
-    when a run begins, so that a mistake shows then and not at the first save."""
-    probe = path / f".tubelet-probe-{os.getpid()}"
+    when a run begins, so that a mistake shows then and not at the first save. Two requests to a store; leaves nothing."""
+    probe, failed = path / f".tubelet-probe-{os.getpid()}", ""
+    hint = "checkpoint.dir=... (or run.dir) with a place that this user may write to"
     try:
         make_folder(path)
         publish(probe, b"may this run write here?")
@@ -286,10 +303,19 @@ def check_writable(path: Path) -> None:
             patiently(probe, "removing", lambda: probe.fs.rm_file(probe.path))  # type: ignore[attr-defined]
         else:
             probe.unlink()
+    except StoreError as error:
+        failed, hint = f"cannot be used. {error.problem}", f"checkpoint.dir=... that this run may write to; {error.hint}"
+    except FileNotFoundError as error:  # a store has no folders that could be missing
+        failed = ("cannot be written: its bucket does not exist." if is_remote(path)
+                  else f"cannot be written ({error.strerror or error}).")
     except OSError as error:
-        what = "is a file, not a folder" if path.is_file() else f"cannot be written ({error.strerror or error})"
-        raise CheckpointError(f"The place for checkpoints {path} {what}.",
-                              "checkpoint.dir=... (or run.dir) with a place that this user may write to") from None
+        failed = "is a file, not a folder." if path.is_file() else f"cannot be written ({error.strerror or error})."
+    if failed:
+        if not is_remote(path):  # a disk that is full makes the file and takes no bytes
+            for left in (probe, probe.with_name(f"{probe.name}.tmp")):
+                with suppress(OSError):
+                    left.unlink()
+        raise CheckpointError(f"The place for checkpoints {path} {failed}", hint)
 
 
 def remove_file(path: Path) -> None:

@@ -32,6 +32,8 @@ VISIBLE_SECONDS = 30.0
 
 _STEP = re.compile(r"step-(\d{8,})")
 _known_whole: set[str] = set()  # checkpoints this process published or verified; spares reading them again before pruning
+_known_sizes: dict[str, dict[str, int]] = {}  # {file: bytes} by the manifests of milestones
+_known_damaged: dict[str, str] = {}  # those that were found damaged, with the SHA-256 of the manifest that said so
 
 
 def step_of(folder: Path) -> int:
@@ -113,6 +115,8 @@ def _problems(folder: Path, seen: Seen, deep: bool, rank: int = 0, world: int = 
     for name in sorted(named)[rank::world]:
         try:
             problems += _file_problems(folder, name, seen, index, deep, until)
+        except place.StoreError:
+            raise  # no answer is no damage
         except CheckpointError as error:
             problems.append(error.problem)
         except OSError as error:
@@ -126,6 +130,8 @@ def _index(folder: Path, seen: Seen, until: float, rank: int) -> Index:
         try:
             text = place.read(folder / INDEX)
             ours = seen.manifest if rank == 0 else read_manifest(folder)
+        except place.StoreError:
+            raise
         except (OSError, CheckpointError):
             return None
         return text if ours == seen.manifest and hashlib.sha256(text).hexdigest() == seen.index_sha256 else None
@@ -211,15 +217,16 @@ def choose(run: str | Path, *, before: int | None = None, only: Path | None = No
 
     All ranks call it and get the same answer: rank 0 says what there is, each rank verifies its share of the files, waiting
     a while for those that it does not see yet, and what one rank rejects all reject. `before` looks only at steps below it,
-    `only` at one folder.
+    `only` at one folder. Raises `CheckpointError` when a store does not answer: the run must not go on from an older one
+    because of that.
     """
     run = place.place(run)
     rank, world = _rank_and_world()
     candidates, notes = dist.broadcast(dist.together(lambda: _candidates(run, before, only) if rank == 0 else ([], [])))
     for number, folder in enumerate(candidates):
-        seen = dist.broadcast(_safely(lambda folder=folder: look(folder), rank) if rank == 0 else [])
-        found = [seen] if isinstance(seen, list) else dist.gather(_safely(lambda folder=folder, seen=seen: _problems(
-            folder, seen, True, rank, world, VISIBLE_SECONDS if rank else 0.0), rank))
+        seen = dist.broadcast(dist.together(lambda folder=folder: _safely(lambda: look(folder), rank) if rank == 0 else []))
+        found = [seen] if isinstance(seen, list) else dist.gather(dist.together(lambda folder=folder, seen=seen: _safely(
+            lambda: _problems(folder, seen, True, rank, world, VISIBLE_SECONDS if rank else 0.0), rank)))
         problems = list(dict.fromkeys(problem for own in found for problem in own))
         if not problems:
             mark_written(folder)
@@ -248,9 +255,11 @@ def _rank_and_world() -> tuple[int, int]:
 
 
 def _safely(action: Callable[[], T], rank: int) -> T | list[str]:
-    """`action()`; whatever goes wrong is a problem in words, so that no rank leaves the others."""
+    """`action()`; whatever is wrong with the checkpoint is a problem in words."""
     try:
         return action()
+    except place.StoreError:
+        raise
     except CheckpointError as error:
         return [error.problem]
     except Exception as error:  # a damaged file can fail in any way
@@ -258,28 +267,62 @@ def _safely(action: Callable[[], T], rank: int) -> T | list[str]:
 
 
 def mark_written(folder: Path) -> None:
-    """This process has published or verified `folder`: `prune` then checks sizes and places, not every byte again."""
+    """This process has published or verified `folder`: `still_whole` then compares sizes, not every byte again."""
+    forget_written(folder)
     _known_whole.add(place.key(folder))
 
 
 def forget_written(folder: Path) -> None:
     """`folder` is about to change or go."""
-    _known_whole.discard(place.key(folder))
+    key = place.key(folder)
+    _known_whole.discard(key)
+    _known_sizes.pop(key, None)
+    _known_damaged.pop(key, None)
 
 
-def still_whole(folder: Path) -> bool:
-    """Whether a published checkpoint verifies, as rank 0 asks before it removes older ones. One that this process has
-    published or verified is looked at quickly, with patience for files of other hosts; any other is read whole."""
-    known, others = place.key(folder) in _known_whole, _rank_and_world()[1] > 1
+def still_whole(folder: Path, *, deep: bool = True) -> bool:
+    """Whether a published checkpoint verifies, as rank 0 asks before it removes others, while all ranks wait.
+
+    For one that this process has published or verified manifest, index and one listing say so: all files are there in full,
+    whatever the number of ranks. Any other is read whole, once: that one is damaged is remembered too. Without `deep` the
+    listing alone is asked. Raises `CheckpointError` only when a store does not answer.
+    """
+    key = place.key(folder)
     try:
-        seen = look(folder)
-        sizes = {name: entry["bytes"] for name, entry in seen.manifest["files"].items()}
-        seen = Seen(seen.manifest, sizes, seen.index_sha256) if known else seen
-        whole = not _problems(folder, seen, not known, patience=VISIBLE_SECONDS if known and others else 0.0)
-    except CheckpointError:
-        whole = False
-    if whole:
-        mark_written(folder)
-    else:
-        forget_written(folder)
+        if key in _known_whole:
+            patience = VISIBLE_SECONDS if _rank_and_world()[1] > 1 else 0.0  # for files of other hosts
+            whole = bool(_wait(lambda: _agrees(look(folder)) or None, time.monotonic() + patience))
+        elif not deep:
+            return _wanted(folder, key).items() <= place.sizes(folder).items()
+        elif _known_damaged.get(key) == _manifest_sha256(folder):
+            return False
+        else:
+            whole = not _problems(folder, look(folder), True)
+            _known_whole.update([key] * whole)
+        if not whole:
+            forget_written(folder)
+            _known_damaged[key] = _manifest_sha256(folder)
+    except place.StoreError:
+        raise
+    except (CheckpointError, OSError):
+        return False  # its manifest is damaged or gone, which is seen as quickly the next time
     return whole
+
+
+def _agrees(seen: Seen) -> bool:
+    named = seen.manifest["files"]
+    return named[INDEX]["sha256"] == seen.index_sha256 and all(seen.sizes.get(name) == entry["bytes"]
+                                                               for name, entry in named.items())
+
+
+def _wanted(folder: Path, key: str) -> dict[str, int]:
+    """{file: bytes} of a checkpoint by its manifest, that one too; read once."""
+    if key not in _known_sizes:
+        named = read_manifest(folder)["files"]
+        _known_sizes[key] = {name: entry["bytes"] for name, entry in named.items()} | {
+            MANIFEST: place.size(folder / MANIFEST) or 0}
+    return _known_sizes[key]
+
+
+def _manifest_sha256(folder: Path) -> str:
+    return hashlib.sha256(place.read(folder / MANIFEST)).hexdigest()
