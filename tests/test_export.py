@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -151,3 +152,21 @@ def test_exporting_needs_the_memory_of_a_few_tensors_not_of_the_model(tmp_path, 
     assert index["metadata"]["total_size"] == 25 * 2048 * 2048 * 2
     found = load_file(tmp_path / "large" / index["weight_map"]["w24"])["w24"]
     assert found.dtype == torch.bfloat16 and found.shape == (2048, 2048) and (found == 3).all()
+
+
+def test_an_export_goes_to_a_folder_of_its_own_on_a_disk(tmp_path, one_thread, monkeypatch):
+    from typer.testing import CliRunner
+
+    from tubelet.engine.ckpt_cli import app
+
+    _, folder = trained(MODELS["vit"], tmp_path / "run")
+    (tmp_path / "run" / "README.md").write_text("the card of the run")
+    monkeypatch.chdir(tmp_path)
+    for out, why in (("s3://bucket/x", "is a URL"), (folder, "is itself a checkpoint"), ("run", "is the folder of a run")):
+        for more in ([], ["--to", "deepspeed"]):
+            done = CliRunner().invoke(app, ["export", "run", str(out), *more])
+            assert done.exit_code and why in str(done.exception), done.output
+    with pytest.raises(errors.CheckpointError, match="is a URL"):
+        checkpoint.export(folder, Path("s3://bucket/x"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+    assert (tmp_path / "run" / "README.md").read_text() == "the card of the run"

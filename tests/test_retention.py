@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 from little_run import resumed, trainers
-from test_checkpoint_damage import cut, save_steps
+from test_checkpoint_damage import cut, engine, save_steps
+from typer.testing import CliRunner
 
 from tubelet.dist import World
 from tubelet.engine import checkpoint
@@ -15,6 +16,7 @@ from tubelet.engine.checkpoint import folder as folders
 from tubelet.engine.checkpoint import verifying
 from tubelet.engine.checkpoint.folder import prunable, read_best, set_rolled_back, write_best
 from tubelet.engine.checkpoint.kept import kept_checkpoints
+from tubelet.engine.ckpt_cli import app
 from tubelet.engine.settings import EngineSettings
 from tubelet.errors import CheckpointError, SupersededError
 
@@ -196,6 +198,28 @@ def test_checkpoints_are_read_whole_once_a_process(run, monkeypatch):
     assert checkpoint.prune(run, keep_last=1) == [] and left(run) == [8, 9]
 
 
+def flip(run, step):
+    """Damage that sizes do not show."""
+    path = run / f"step-{step:08d}" / "rank-00000.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def test_all_ranks_wait_for_no_more_reading_than_a_removal_needs(run, monkeypatch):
+    read, hashed = [], verifying.place.sha256
+    monkeypatch.setattr(verifying.place, "sha256", lambda path: read.append(path.parent.name) or hashed(path))
+    assert checkpoint.prune(run, keep_last=8) == [] and checkpoint.prune(run, keep_last=4, keep_every=1) == []
+    assert not read, "there was nothing to remove"
+    flip(run, 8)
+    assert steps(prunable(run, keep_last=2, keep_every=2, keep_milestones=3)) == [1, 2, 3, 5]
+    assert set(read) == {"step-00000008", "step-00000007", "step-00000006"}, "milestones are not read"
+    read.clear()
+    assert steps(checkpoint.prune(run, keep_last=2)) == [1, 2, 3, 4, 5] and not read, "the damaged one is known to be that"
+    save_steps(run, World(), 8)
+    assert steps(checkpoint.prune(run, keep_last=2)) == [6] and left(run) == [7, 8], "until it is written again"
+
+
 def test_the_number_of_checkpoints_on_the_disk_is_known_before_a_run(tmp_path, one_thread):
     """Against the pruning of a run that saves every 2 steps; milestones among the newest are counted twice."""
     def engine_settings(**more):
@@ -220,3 +244,33 @@ def test_the_number_of_checkpoints_on_the_disk_is_known_before_a_run(tmp_path, o
     unknown = kept_checkpoints(engine_settings(keep_every=5), None)
     assert not unknown.complete and unknown.count == 3 + 1 and "not counted" in unknown.why
     assert kept_checkpoints(engine_settings(keep_every=5, keep_milestones=2), None).count == 3 + 2 + 1
+
+
+def test_the_command_keeps_what_the_run_keeps_and_says_what_goes_before_it_goes(run, tmp_path):
+    def prune(*words):
+        done = CliRunner().invoke(app, ["prune", *map(str, words)])
+        return f"{done.output} {done.exception}"
+
+    (run / "config.yaml").write_text("keep_last: 3\nkeep_every: 3\nkeep_milestones: null\n")
+    assert "would remove step-00000001, step-00000002, step-00000004, step-00000005 " in prune(run, "--dry-run")
+    said = prune(run, "--keep-last", 1)
+    assert said.index("removing step-00000001") < said.index("removed step-00000001") and "keep_every=3" in said
+    assert left(run) == [3, 6, 8]
+    elsewhere = tmp_path / "elsewhere"  # as under `checkpoint.dir`: there the newest manifest knows
+    written = engine(World())
+    for step in (1, 2, 3, 4):
+        checkpoint.save(elsewhere, written, step=step, ema=None, extra={"config": {"keep_last": 1, "keep_every": 2}})
+    assert "would remove step-00000001, step-00000003 " in prune(elsewhere, "--dry-run")
+    assert "would remove step-00000001, step-00000002 " in prune(elsewhere, "--dry-run", "--keep-every", 3)
+    assert "there are none" in prune(elsewhere, "--keep-every", 0, "--keep-milestones", 2)
+    assert "removed step-00000001, step-00000002, step-00000003" in prune(elsewhere, "--keep-every", 0)
+    assert left(elsewhere) == [4] and "nothing to remove" in prune(elsewhere)
+    (run / "config.yaml").unlink()
+    assert "does not say how many" in prune(run) and left(run) == [3, 6, 8]
+
+
+def test_a_number_of_milestones_without_milestones_is_refused():
+    least = {"total_steps": 1, "global_batch_size": 1, "optimizer": {"lr": 1.0}}
+    EngineSettings(**least, keep_every=10, keep_milestones=2)
+    with pytest.raises(ValueError, match="keep_milestones=2 .* give keep_every too"):
+        EngineSettings(**least, keep_milestones=2)

@@ -1,5 +1,6 @@
 """Run folders: one owner at a time, nothing lost, fixed settings refuse a resume."""
 
+import errno
 import json
 import os
 import socket
@@ -175,3 +176,18 @@ def test_a_checkpoint_of_an_earlier_version_resumes_with_settings_it_does_not_kn
     now["data"]["train"].append({"name": "b", "shards": "b.tar", "weight": 1.0, "label": "cls", "class_map": None})
     with pytest.raises(RunError, match="data.train.1.weight: checkpoint None, now 1.0"):  # a new source is no new setting
         check_changes(PretrainSettings, old, now, "runs/r")
+
+
+def test_a_folder_that_cannot_be_written_is_said_with_its_setting(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match="`run.dir` is .*file, and the run folder .*file/r cannot be written") as caught:
+        make(tmp_path / "file").begin(1, "a: 1\n")
+    assert "Not a directory" in caught.value.problem and "run.dir=" in caught.value.hint
+    make(tmp_path).begin(1, "a: 1\n")
+
+    def refused(*args):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr("tubelet.files.create_exclusive", refused)
+    with pytest.raises(RunError, match="Read-only file system"):
+        make(tmp_path, take_over=True).begin(1, "a: 1\n")

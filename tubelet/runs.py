@@ -19,7 +19,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -143,6 +144,21 @@ class Run:
         `elsewhere` names the place outside the folder that holds checkpoints of the run, which overwriting would not set
         aside ("" = there are none).
         """
+        with self._writing():
+            return self._begin(world_size, config_yaml, elsewhere)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """An error of the file system becomes one that names the setting."""
+        try:
+            yield
+        except OSError as error:
+            where = f" at {error.filename}" if error.filename else ""
+            raise RunError(f"`run.dir` is {self.settings.dir}, and the run folder {self.folder} cannot be written there "
+                           f"({error.strerror or error}{where}).",
+                           "run.dir=... on a disk with room that this user may write to and all nodes see") from None
+
+    def _begin(self, world_size: int, config_yaml: str, elsewhere: Callable[[], str]) -> Attempt:
         job, restarts = scheduler_job(os.environ)
         self.check_owner(job)
         attempts = self.attempts()

@@ -86,7 +86,7 @@ def verify(
 @app.command()
 def export(
     path: PathArgument,
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="folder to write to")],
+    out: Annotated[str, typer.Argument(metavar="OUT", help="folder to write to, on a disk")],
     to: Annotated[str, typer.Option(help="safetensors (weights, for timm and others) or deepspeed (weights and optimizer, "
                                          "for DeepSpeed's own load_checkpoint)")] = "safetensors",
     which: Annotated[str, typer.Option(help="safetensors: ema, weights or auto (the average if there is one)")] = "auto",
@@ -98,6 +98,7 @@ def export(
     """Write the weights for timm and others (model.safetensors, config.json, README.md), or everything in DeepSpeed's own
     format (`--to deepspeed`)."""
     from tubelet.engine.checkpoint import place
+    from tubelet.engine.checkpoint.export import local_folder
     from tubelet.engine.checkpoint.folder import newest
 
     if to not in ("safetensors", "deepspeed"):
@@ -110,21 +111,19 @@ def export(
         raise CheckpointError(f"{said}: has no meaning with `--to {to}`.",
                               "leave them out; DeepSpeed's format holds the weights themselves, all digits, one file a rank"
                               if to == "deepspeed" else "--to deepspeed, or leave them out")
-    folder = newest(place.home(path))
-    if out.resolve() == folder.resolve():
-        raise CheckpointError(f"{out} is the checkpoint itself.", "another folder for the export")
+    folder, there = newest(place.home(path)), local_folder(out)
     if to == "deepspeed":
         from tubelet.engine.zero.stock import export as write_stock
 
-        written = write_stock(folder, out, ranks=1 if ranks is None else ranks, stage=stage)
+        written = write_stock(folder, there, ranks=1 if ranks is None else ranks, stage=stage)
         print(f"{folder} -> {written}: {', '.join(sorted(item.name for item in written.iterdir()))}; how to load it: "
-              f"{out / 'README.md'}")
+              f"{there / 'README.md'}")
         return
     from tubelet.engine.checkpoint.export import export as write
 
-    write(folder, out, which=which, dtype=dtype, max_file_bytes=int(max_file_gb * 10**9))  # type: ignore[arg-type]
-    names = sorted(item.name for item in out.iterdir() if item.name.startswith(("model", "config", "README")))
-    print(f"{folder} -> {out}: {', '.join(names)}")
+    write(folder, there, which=which, dtype=dtype, max_file_bytes=int(max_file_gb * 10**9))  # type: ignore[arg-type]
+    names = sorted(item.name for item in there.iterdir() if item.name.startswith(("model", "config", "README")))
+    print(f"{folder} -> {there}: {', '.join(names)}")
 
 
 @app.command()
@@ -156,12 +155,16 @@ def diff(
 @app.command()
 def prune(
     path: Annotated[str, typer.Argument(metavar="RUN", help="runs/NAME, or the URL of a run's checkpoints")],
-    keep_last: Annotated[int, typer.Option(min=1, help="newest verified checkpoints to keep")],
-    keep_every: Annotated[int | None, typer.Option(min=1, help="keep steps that are multiples of this")] = None,
-    keep_milestones: Annotated[int | None, typer.Option(min=1, help="of those keep the newest so many only")] = None,
+    keep_last: Annotated[int | None, typer.Option(min=1, help="newest verified checkpoints to keep (the run's own "
+                                                              "keep_last)")] = None,
+    keep_every: Annotated[int | None, typer.Option(min=0, help="keep steps that are multiples of this (the run's own "
+                                                               "keep_every); 0 = no milestones are kept")] = None,
+    keep_milestones: Annotated[int | None, typer.Option(min=1, help="of those keep the newest so many only (the run's own "
+                                                                    "keep_milestones)")] = None,
     dry_run: Annotated[bool, typer.Option(help="say what would be removed")] = False,
 ) -> None:
-    """Remove old checkpoints and saves that never finished; those to be kept are verified first. The best one is kept."""
+    """Remove old checkpoints and saves that never finished, by the run's own rules unless others are given; those to be kept
+    are verified first. The best one is kept."""
     from tubelet.engine.checkpoint import place
     from tubelet.engine.checkpoint.folder import prunable
     from tubelet.engine.checkpoint.folder import prune as remove
@@ -169,7 +172,34 @@ def prune(
     run = place.home(path)
     if not place.folders(run) and not run.is_dir():
         raise CheckpointError(f"{path} is not a run folder.", "runs/NAME")
-    choose = prunable if dry_run else remove
-    removed = choose(run, keep_last=keep_last, keep_every=keep_every, keep_milestones=keep_milestones)
-    verb = "would remove" if dry_run else "removed"
-    print(f"{verb} {', '.join(folder.name for folder in removed)}" if removed else "nothing to remove")
+    rules = _rules(path, run)
+    if keep_every is not None:
+        rules |= {"keep_every": keep_every, "keep_milestones": None}  # other milestones than the run's: all of them
+    rules |= {name: value for name, value in (("keep_last", keep_last), ("keep_milestones", keep_milestones)) if value}
+    if rules["keep_last"] is None:
+        raise CheckpointError(f"{path} does not say how many checkpoints its run keeps.", "--keep-last 3")
+    if keep_milestones and not rules["keep_every"]:
+        raise CheckpointError(f"--keep-milestones {keep_milestones} says how many of the milestones stay, and without "
+                              "--keep-every there are none.", "--keep-every 10000, or leave it out")
+    said = ", ".join(f"{name}={value}" for name, value in rules.items() if value)
+    found = prunable(run, **rules)
+    if not found:
+        print(f"nothing to remove ({said})")
+        return
+    print(f"{'would remove' if dry_run else 'removing'} {', '.join(folder.name for folder in found)} ({said})", flush=True)
+    if not dry_run:
+        print(f"removed {', '.join(folder.name for folder in remove(run, **rules)) or 'none'}")
+
+
+def _rules(path: str, run: Path) -> dict[str, Any]:
+    """keep_last, keep_every and keep_milestones of a run, as its last start had them; None = not given or not known."""
+    from tubelet.config import read_yaml
+    from tubelet.engine.checkpoint import place
+    from tubelet.engine.checkpoint.folder import published
+    from tubelet.engine.checkpoint.format import read_manifest
+
+    named, newest = place.place(path) / "config.yaml", published(run)[-1:]
+    settings = read_yaml(named) if not place.is_remote(named) and named.is_file() else {}
+    if "keep_last" not in settings and newest:  # a place outside the run's folder
+        settings = read_manifest(newest[0]).get("config") or {}
+    return {name: settings.get(name) for name in ("keep_last", "keep_every", "keep_milestones")}

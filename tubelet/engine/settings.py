@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import field_validator
+from pydantic import field_validator, model_validator
 
 from tubelet.config import Settings, fixed, free, recorded
 
@@ -220,7 +220,7 @@ class EngineSettings(Settings):
     keep_last: int = free(3, ge=1)
     """Newest verified checkpoints to keep."""
     keep_every: int | None = free(None, gt=0)
-    """Checkpoints whose step is a multiple of this are kept for good."""
+    """Checkpoints whose step is a multiple of this are kept for good; a multiple of `save_every`, for it saves none."""
     keep_milestones: int | None = free(None, ge=1)
     """Of the checkpoints that `keep_every` keeps, the newest so many; null = all."""
     checkpoint: CheckpointSettings = CheckpointSettings()
@@ -252,3 +252,10 @@ class EngineSettings(Settings):
     """Write a SHA-256 of what every step was trained on to `digest.jsonl` (to compare two runs; costs CPU time)."""
     peak_tflops: float | None = free(None, gt=0)
     """Dense peak of one device in TFLOP/s for MFU; null = from a table of known GPUs, none on CPUs."""
+
+    @model_validator(mode="after")
+    def _milestones_are_of_something(self) -> EngineSettings:
+        if self.keep_milestones is not None and self.keep_every is None:
+            raise ValueError(f"keep_milestones={self.keep_milestones} says how many of the checkpoints stay that keep_every "
+                             "keeps, and that is null, so none would; give keep_every too, or keep_last alone")
+        return self

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,7 +18,7 @@ import torch
 from tubelet import files
 from tubelet.engine.checkpoint import place
 from tubelet.engine.checkpoint.folder import verify
-from tubelet.engine.checkpoint.format import BUFFERS
+from tubelet.engine.checkpoint.format import BUFFERS, MANIFEST
 from tubelet.engine.checkpoint.load import Source, which_weights
 from tubelet.engine.checkpoint.tensors import Entry, image
 from tubelet.errors import CheckpointError
@@ -35,7 +36,7 @@ def export(folder: Path, out: Path, *, which: Literal["weights", "ema", "auto"] 
     weights are cut into several files with the usual index beside them, which Tubelet reads and timm does not.
     The checkpoint is verified first; raises `CheckpointError` if it is damaged.
     """
-    folder, out = place.place(folder), Path(out)
+    folder, out = place.place(folder), local_folder(out)
     if dtype not in _DTYPES:
         raise CheckpointError(f"`dtype` is {dtype!r}; it is fp32 or bf16.", "dtype=fp32")
     problems = verify(folder)
@@ -49,6 +50,21 @@ def export(folder: Path, out: Path, *, which: Literal["weights", "ema", "auto"] 
     written = _write_weights(source, out, kind, _DTYPES[dtype], max_file_bytes)
     files.write_json(out / "config.json", config)
     files.write_atomic(out / "README.md", _card(source, config, kind, dtype, written))
+    return out
+
+
+def local_folder(named: str | Path) -> Path:
+    """Where an export goes. Raises `CheckpointError` for a URL, which would become a local folder `s3:`, and for a folder of
+    the run's own, whose README.md and config an export would replace."""
+    out = Path(named)
+    if "://" in str(named) or out.parts[:1] and re.fullmatch(r"[a-z0-9+]{2,}:", out.parts[0]):  # a Path has lost a slash
+        raise CheckpointError(f"An export is written to a folder on a disk, and {named} is a URL.",
+                              "a local folder, which you then copy there (aws s3 cp --recursive, gsutil -m cp -r)")
+    if (out / MANIFEST).exists():
+        raise CheckpointError(f"{out} is itself a checkpoint.", "another folder for the export")
+    if (out / "attempts").is_dir() or any(out.glob("step-*/")):
+        raise CheckpointError(f"{out} is the folder of a run, whose README.md an export would replace.",
+                              f"another folder for the export, such as {out / 'export'}")
     return out
 
 
