@@ -124,6 +124,19 @@ def test_the_card_that_leads_to_rank_0_is_chosen_when_the_own_name_means_the_loo
     assert network.card_for_gloo("127.0.0.1") == network.card_for_gloo("localhost") == ""  # all on one host
     monkeypatch.setattr(network, "_looked_up", lambda name: "10.5.0.2")
     assert network.card_for_gloo("10.5.0.1") == ""  # gloo finds it
+    monkeypatch.setattr(network, "_looked_up", lambda name: "127.0.1.1")
+    monkeypatch.setattr(network, "_source", lambda towards: "127.0.1.1" if towards == "head" else "")  # no default route
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: {card: SimpleNamespace(isup=card != "eth4") for card in cards})
+    assert network.card_for_gloo("head") == "eth3"
+    cards["eth4"] = [SimpleNamespace(family=socket.AF_INET, address="10.6.0.2")]
+    assert network.card_for_gloo("head") == "eth3"  # the other one is down
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: {card: SimpleNamespace(isup=True) for card in cards})
+    assert network.card_for_gloo("head") == ""  # nobody knows which
+    monkeypatch.setattr(network, "card_for_gloo", lambda towards: "eth3")
+    for several, before, after in [(True, "", "eth3"), (True, "ib0", "ib0"), (False, "", "")]:
+        monkeypatch.setenv("GLOO_SOCKET_IFNAME", before)
+        network.choose_card("head", several=several)
+        assert os.environ["GLOO_SOCKET_IFNAME"] == after
 
 
 def _hangs_with_its_storage(folder):

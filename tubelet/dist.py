@@ -169,10 +169,7 @@ def start(world: World, timeout_seconds: float = 600, start_timeout_seconds: flo
     # DeepSpeed and Accelerate take LOCAL_RANK for the number of the device.
     os.environ.update(RANK=str(world.rank), WORLD_SIZE=str(world.size), LOCAL_RANK=str(index),
                       LOCAL_SIZE=str(world.local_size), MASTER_ADDR=world.address, MASTER_PORT=str(port))
-    if world.size > world.local_size and not os.environ.get("GLOO_SOCKET_IFNAME"):
-        card = network.card_for_gloo(world.address)
-        if card:
-            os.environ["GLOO_SOCKET_IFNAME"] = card
+    network.choose_card(world.address, several=world.size > world.local_size)
     device = torch.device("cuda", index) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)

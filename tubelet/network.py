@@ -8,10 +8,6 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from tubelet.dist import World
 
 _ANYWHERE = "192.0.2.1"  # of a network for documentation (RFC 5737); nothing is sent, only the route is asked for
 
@@ -23,15 +19,15 @@ def card_for_gloo(towards: str) -> str:
         return ""
     source = _source(towards)
     if not source or _inward(source):  # rank 0 itself, called by its own name
-        source = _source(_ANYWHERE)
+        source = _source(_ANYWHERE) or _only_address()
     return card_of(source) if source and not _inward(source) else ""
 
 
-def choose_card(world: World) -> None:
-    """Tell gloo, through GLOO_SOCKET_IFNAME, the card of a job of several hosts, unless somebody has or it needs no telling.
-    Before anything asks for the own address or makes a group."""
-    if world.size > world.local_size and not os.environ.get("GLOO_SOCKET_IFNAME"):
-        card = card_for_gloo(world.address)
+def choose_card(towards: str, *, several: bool) -> None:
+    """Tell gloo, through GLOO_SOCKET_IFNAME, the card of a job of `several` hosts whose rank 0 has the address `towards`,
+    unless somebody has or it needs no telling. Before anything asks for the own address or makes a group."""
+    if several and not os.environ.get("GLOO_SOCKET_IFNAME"):
+        card = card_for_gloo(towards)
         if card:
             os.environ["GLOO_SOCKET_IFNAME"] = card
 
@@ -65,6 +61,16 @@ def _looked_up(name: str) -> str:
         return socket.gethostbyname(name)  # the same question that gloo asks when a group is made
     except OSError:
         return ""
+
+
+def _only_address() -> str:
+    """The own address of a host without a default route, when it has one card only that is up, beside the loopback."""
+    import psutil
+
+    states = psutil.net_if_stats()
+    found = [own.address for card, addresses in psutil.net_if_addrs().items() if card in states and states[card].isup
+             for own in addresses if own.family == socket.AF_INET and not _inward(own.address)]
+    return found[0] if len(found) == 1 else ""
 
 
 def _source(towards: str) -> str:

@@ -2,6 +2,7 @@
 that is not, and a killed rank do to a job; that the one that is missing is named, by rank and host; and that the run goes on
 then as if nothing had happened."""
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -28,11 +29,12 @@ def network():
 
 
 class Job:
-    """A pretraining with a rank on each of `nodes`. Its ranks are killed and the cables put back when it is left."""
+    """A pretraining (or another `program`) with a rank on each of `nodes`. Its ranks are killed and the cables put back when
+    it is left."""
 
-    def __init__(self, network, config, *words, nodes=NODES, env=None):
+    def __init__(self, network, config, *words, nodes=NODES, env=None, program=("pretrain", *SETTINGS)):
         self.network, self.config, self.nodes, self.env = network, config, nodes, env or {}
-        self.words = [sys.executable, "-m", "pretrain", str(config), *SETTINGS, *words]
+        self.words = [sys.executable, "-m", program[0], str(config), *program[1:], *words]
         self.folder = config.parent / "runs" / "r"
 
     def __enter__(self):
@@ -202,7 +204,14 @@ def test_hosts_whose_own_names_mean_the_loopback_meet_all_the_same(network, tmp_
             path.write_text(before[node].replace(network.addresses[node], "127.0.1.1"))
         with Job(network, config, env={"MASTER_ADDR": "nodeA"}) as job:
             assert job.codes() == [0, 0], job.said()[-3000:] + job.said(1)[-3000:]
+        with Job(network, config, "--quick", "--skip", "data,speed", "--json", str(tmp_path / "report.json"),
+                 env={"MASTER_ADDR": "nodeA"}, program=("tubelet.program.doctor",)) as job:
+            assert job.codes() == [0, 0], job.said()[-6000:] + job.said(1)[-3000:]
     finally:
         for node, path in hosts.items():
             path.write_text(before[node])
     assert len(digests(folder)) == 3
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [(node["host"], node["address"]) for node in report["world"]["nodes"]] == [*network.addresses.items()]
+    passed = [item["name"] for item in report["findings"] if item["check"] == "network" and item["status"] == "ok"]
+    assert {"address", "reachable", "all-reduce, gloo"} <= set(passed), report["findings"]

@@ -86,7 +86,7 @@ def examine(world: dist.World, options: Options,
     begun = time.monotonic()
     options.say("looking around")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    choose_card(world)
+    choose_card(world.address, several=world.size > world.local_size)
     note, server = look_around(world)
     options.say(f"waiting for {world.size} ranks, up to {options.seconds:g} s" if world.size > 1 else "checking")
     assembly = assemble(world, note, options.seconds)
