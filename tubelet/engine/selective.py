@@ -39,6 +39,11 @@ _ATTENTION = {
 """Fused attention and the place of `dropout_p` among its arguments."""
 
 
+def keep_also(attention: Any, dropout_place: int) -> None:
+    """Take this operation for fused attention too: one that stands for it where memory is counted and nothing computed."""
+    _ATTENTION[attention] = dropout_place
+
+
 def is_kept(operation: Any, args: Any, kwargs: Any) -> bool:
     """Whether the result of this call is kept from the forward pass."""
     if operation not in _ATTENTION:

@@ -149,20 +149,35 @@ def _bytes(tensor: torch.Tensor, dtype_bytes: int) -> int:
     return count // tensor.element_size() * dtype_bytes if tensor.is_floating_point() else count
 
 
+_library = torch.library.Library("tubelet", "FRAGMENT")
+_library.define("fused_attention(Tensor query, Tensor key, Tensor value, float dropout_p=0.0) -> (Tensor, Tensor)")
+
+
+@torch.library.impl(_library, "fused_attention", "Meta")
+def _fused_attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+                     dropout_p: float = 0.0) -> tuple[torch.Tensor, torch.Tensor]:
+    *batch, heads, rows, _ = query.shape  # heads side by side in memory, so that joining them copies nothing
+    out = query.new_empty(*batch, rows, heads, value.shape[-1]).transpose(-2, -3)
+    return out, torch.empty(query.shape[:-1], dtype=torch.int32, device=query.device)  # fp32 in every precision: 4 bytes
+
+
+FUSED_ATTENTION = torch.ops.tubelet.fused_attention.default
+"""Stands for torch's fused kernels while activations are counted: an operation, so that who keeps what such kernels return
+(selective recomputation) can know it. Its fourth argument is `dropout_p`."""
+
+
 class _FusedAttention(torch.autograd.Function):
     """What a fused kernel keeps for its backward pass; nothing is computed."""
 
     @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        *batch, heads, rows, _ = query.shape  # heads side by side in memory, so that joining them copies nothing
-        out = query.new_empty(*batch, rows, heads, value.shape[-1]).transpose(-2, -3)
-        lse = torch.empty(query.shape[:-1], dtype=torch.int32, device=query.device)  # fp32 in every precision: 4 bytes
+    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, dropout_p: float) -> torch.Tensor:
+        out, lse = FUSED_ATTENTION(query, key, value, dropout_p)
         ctx.save_for_backward(query, key, value, out, lse)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3])
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return *(torch.empty_like(tensor) for tensor in ctx.saved_tensors[:3]), None
 
 
 @contextlib.contextmanager
@@ -171,8 +186,9 @@ def _fused() -> Iterator[None]:
     while autograd recomputes blocks, so the function itself is exchanged.)"""
     real = F.scaled_dot_product_attention
 
-    def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        return _FusedAttention.apply(query, key, value)  # type: ignore[return-value]
+    def fused(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, attn_mask: Any = None, dropout_p: float = 0.0,
+              **kwargs: Any) -> torch.Tensor:
+        return _FusedAttention.apply(query, key, value, dropout_p)  # type: ignore[return-value]
 
     F.scaled_dot_product_attention = fused
     try:

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from tubelet.engine import selective
 from tubelet.engine.blocks import apply_activation_checkpointing, blocks_of
 from tubelet.engine.optim import parameter_groups
 from tubelet.engine.settings import ActivationCheckpointing, OptimizerSettings
 from tubelet.models.build import build_meta
-from tubelet.models.cost import activation_bytes, flops_per_sample_training, input_shape
+from tubelet.models.cost import FUSED_ATTENTION, activation_bytes, flops_per_sample_training, input_shape
 from tubelet.models.settings import ModelSettings
+
+selective.keep_also(FUSED_ATTENTION, 3)
 
 
 @dataclass(frozen=True)

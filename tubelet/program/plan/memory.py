@@ -209,6 +209,8 @@ class Memory:
         """Stages 1 and 2. Stage 1 keeps all gradients until the last micro-batch; stage 2 sends those of every one."""
         element, overlap, several = self.element, bool(self.zero["overlap_comm"]), self.way.accumulation > 1
         buckets = (1 + overlap) * element * len(self._types()) * self.zero["reduce_bucket_size"]
+        at_once = overlap or self.way.stage == 2  # sent while the backward pass goes on, else when it is over
+        sending = self._sending() + element * self.facts.largest_block if at_once else 0
         parts = self.flats()
         whole = element * self.facts.trained_elements
         mine = self.sum_element * sum(parts)
@@ -221,8 +223,16 @@ class Memory:
             held, end = (mine if several else 0), mine * (1 + several)
         largest = max(parts, default=0)
         block = element * self.facts.largest_block
-        return Inside(held + buckets + block + casts, end + buckets,
+        return Inside(held + buckets + (sending or block) + casts, end + buckets + sending,
                       mine + largest * max(copied, (FP32 if copied else 0) + self._scratch))
+
+    def _sending(self) -> int:
+        """What stages 1 and 2 copy to send a bucket: a piece for each rank's part, flattened into one tensor again; of fp32
+        buckets that are sent in bf16 another one in that."""
+        if self.way.world == 1:
+            return 0  # one piece is not copied
+        elements = min(self.zero["reduce_bucket_size"], self.facts.trained_elements)
+        return elements * max(self.element + (kind if kind < self.element else 0) for kind in self._types())
 
     def _inside_sharded(self, casts: int) -> Inside:
         zero, element = self.zero, self.element
