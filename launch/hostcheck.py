@@ -84,9 +84,7 @@ def query_hosts(request: Request, hosts: Sequence[Host], attempt: Attempt | None
     if leader in answers and answers[leader]["port"] is None:
         problems[leader] = _port_taken(request, ports)
         del answers[leader]
-    where = request.settings.hostfile.address or (address(answers, leader) if leader in answers else "")
-    endpoint = f"{where}:{answers[leader]['port']}" if leader in answers else ""
-    return Checked(answers, problems, endpoint)
+    return Checked(answers, problems, meeting_point(answers, leader, request.settings.hostfile.address))
 
 
 def silent(request: Request, host: str, answer: remote.Answer) -> tuple[str, str]:
@@ -147,6 +145,13 @@ def _port_taken(request: Request, ports: Sequence[int]) -> tuple[str, str]:
     which = f"port {ports[0]} is" if len(ports) == 1 else f"ports {ports[0]} to {ports[-1]} are"
     return (f"{which} taken there, at which the ranks were to meet",
             f"--hostfile.port of a free one (`ss -ltnp` there shows who has {ports[0]})")
+
+
+def meeting_point(answers: Mapping[str, dict[str, Any]], leader: str, given: str | None = None) -> str:
+    """Where the ranks meet when `leader` is the first host, at the address that was `given` or one of its own; "" when it
+    has not answered or has no free port."""
+    port = answers[leader]["port"] if leader in answers else None
+    return f"{given or address(answers, leader)}:{port}" if port is not None else ""
 
 
 def address(answers: Mapping[str, dict[str, Any]], leader: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import socket
 import time
@@ -37,12 +38,24 @@ class Restarts:
         """Variables of the next start."""
         return {"TUBELET_JOB": self.job, "TUBELET_RESTARTS": str(self.count), **self.end}
 
+    def seconds_left(self) -> float:
+        """Until the job's time is over."""
+        return float(self.end[END]) - time.time() if self.end else math.inf
+
+    def over(self) -> bool:
+        """Whether the job's time is over, so that there can be no other start; says so."""
+        if self.seconds_left() > 0:
+            return False
+        print(f"launch: not started again, since its time is over (--time {self.request.settings.time}).\n"
+              "  Try: the same command again: it resumes", flush=True)
+        return True
+
     def again(self, code: int, node: str = "", how: str = "") -> bool:
         """Decide, after a rank or a host was lost, whether the job is started again; says so. A program without a run folder
         is not: it has nothing to go on from. `self.code` is then the job's: what the run has written of its own end counts
         more than what its launcher saw, since a connection may break a moment after all was saved."""
         folder, self.code = self.request.run_folder, code
-        if folder is None:
+        if folder is None or self.over():
             return False
         before, self._newest = self._newest, self._attempt()
         attempt = self._newest if self._newest != before else 0

@@ -97,6 +97,9 @@ class HostfileSettings(Settings):
     """Port at which the ranks meet on the first host; null = one of 20 that belong to the run's name."""
     connect_seconds: float = free(10.0, gt=0)
     """How long a host may take to answer."""
+    wait_minutes: float = free(10.0, ge=0)
+    """After a loss: how long a host that does not answer is asked again and again, since it may only be booting, before the
+    job goes on without it. It is asked at each later start too, and takes part again when it answers."""
 
 
 class KubernetesSettings(Settings):
@@ -169,7 +172,8 @@ class LaunchSettings(Settings):
     """Folder of the checkout on the nodes; empty = the current one."""
     container: str = free("")
     """Command that the program is run by, with `{command}` where the program goes (at the end without it), such as
-    `apptainer exec --nv /images/tubelet.sif`."""
+    `apptainer exec --nv /images/tubelet.sif`. Where it ends a line of a shell (`bash -c 'cd /src && {command}'`) the program
+    takes the shell's place; elsewhere in one write `exec` yourself, or signals do not reach it."""
     restart: RestartSettings = RestartSettings()
     """When a job that did not finish is started again."""
     slurm: SlurmSettings = SlurmSettings()

@@ -308,42 +308,157 @@ def test_a_start_on_another_host_is_gone_runs_or_cannot_be_judged():
             is_gone(attempt, seen(*alive))
 
 
+def asked(*seen, taken=()):
+    """A `query_hosts` of which each call but the last finds the next of `seen` hosts missing, and the last all the rest; the
+    hosts `taken` have no free port. `.calls` has the hosts of each call."""
+    def ask(request, hosts, attempt):
+        ask.calls.append("".join(host.name for host in hosts))
+        missing = seen[min(len(ask.calls), len(seen)) - 1]
+        answers = {host.name: {"port": None if host.name in taken else 1, "reached": host.name, "addresses": []}
+                   for host in hosts if host.name not in missing}
+        given = request.settings.hostfile.address
+        return Checked(answers, {host.name: ("cannot be reached", "") for host in hosts if host.name in missing},
+                       hostfile.meeting_point(answers, hosts[0].name, given))
+
+    ask.calls = []
+    return ask
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Time that passes only while somebody sleeps; returns how long they slept."""
+    slept = []
+    monkeypatch.setattr(hostfile.time, "monotonic", lambda: sum(slept))
+    monkeypatch.setattr(hostfile.time, "sleep", slept.append)
+    return slept
+
+
+def names(hosts):
+    return "".join(host.name for host in hosts)
+
+
 def test_a_job_goes_on_with_as_many_hosts_as_can_deal_its_batch(tmp_path, monkeypatch, capsys):
-    job = request(tmp_path)  # a global batch of 16 in micro-batches of 4: 1, 2 or 4 processes
+    job = request(tmp_path, "--wait-minutes", "0", "--address", "10.1.1.1")  # a batch of 16 by 4: 1, 2 or 4 processes
     hosts = [Host(name, (0,)) for name in "abcde"]
-
-    def ask(request, asked, attempt):
-        names = [host.name for host in asked]
-        return Checked({name: {} for name in names if name != "b"}, {"b": ("cannot be reached", "")} if "b" in names else {},
-                       "" if names[0] == "b" else f"{names[0]}:1")
-
-    monkeypatch.setattr(hostfile, "query_hosts", ask)
-    kept, checked = hostfile.remaining(job, hosts)
-    assert [host.name for host in kept] == ["a", "c", "d", "e"] and checked.endpoint == "a:1"
+    monkeypatch.setattr(hostfile, "query_hosts", asked("b"))
+    kept, checked = hostfile.remaining(job, hosts, set())
+    assert names(kept) == "acde" and checked.endpoint == "10.1.1.1:1"
     assert "b is left out: cannot be reached" in capsys.readouterr().out
-    kept, checked = hostfile.remaining(job, hosts[1:4])
-    assert [host.name for host in kept] == ["c", "d"] and checked.endpoint == "c:1"
+    kept, checked = hostfile.remaining(job, hosts[1:4], set())
+    assert names(kept) == "cd" and checked.endpoint == "c:1"  # the address was the first host's
     assert "going on with 2 of 3 hosts, 2 processes: the run reshapes" in capsys.readouterr().out
+    monkeypatch.setattr(hostfile, "query_hosts", asked("a", taken="b"))
+    kept, checked = hostfile.remaining(job, hosts[:3], set())
+    assert names(kept) == "cb" and checked.endpoint == "c:1"
     job.sources["nodes"], job.settings.nodes = "command line", "5"
     with pytest.raises(RunError, match="4 of 5 hosts still answer, too few"):
-        hostfile.remaining(job, hosts)
+        hostfile.remaining(job, hosts, set())
 
 
-def test_a_host_that_failed_is_left_out_of_the_next_start_when_that_is_wanted(tmp_path, monkeypatch, capsys):
-    for wanted, second in (("true", ["a"]), ("false", ["a", "b"])):
+def test_a_host_that_is_away_for_a_while_after_a_loss_is_waited_for(tmp_path, monkeypatch, capsys, clock):
+    hosts = [Host(name, (0,)) for name in "ab"]
+    job, ask = request(tmp_path), asked("b", "ab", "b", "")
+    monkeypatch.setattr(hostfile, "query_hosts", ask)
+    given_up = set()
+    kept, _ = hostfile.remaining(job, hosts, given_up)
+    said = capsys.readouterr().out
+    assert names(kept) == "ab" and ask.calls == ["ab"] * 4 and clock == [15] * 3 and not given_up
+    assert said.count("b cannot be reached; it is asked again until ") == 1 and "(hostfile.wait_minutes=10)" in said
+    assert "left out" not in said
+
+
+def test_who_was_waited_for_in_vain_is_asked_at_each_start_and_waited_for_again_only_where_nothing_goes_without_it(
+        tmp_path, monkeypatch, capsys, clock):
+    hosts, given_up = [Host(name, (0,)) for name in "ab"], set()
+    job = request(tmp_path, "--wait-minutes", "2")
+    monkeypatch.setattr(hostfile, "query_hosts", asked("b"))
+    kept, _ = hostfile.remaining(job, hosts, given_up)
+    assert names(kept) == "a" and sum(clock) == 120 and given_up == {"b"}
+    kept, _ = hostfile.remaining(job, hosts, given_up)
+    assert names(kept) == "a" and sum(clock) == 120
+    job.sources["nodes"], job.settings.nodes = "command line", "2"
+    monkeypatch.setattr(hostfile, "query_hosts", asked("b", "b", ""))
+    kept, _ = hostfile.remaining(job, hosts, given_up)
+    assert names(kept) == "ab" and sum(clock) == 150 and not given_up
+    monkeypatch.setattr(hostfile, "query_hosts", asked("ab"))
+    with pytest.raises(RunError, match="(?s)0 of 2 hosts still answer.*--wait-minutes"):
+        hostfile.remaining(job, hosts, given_up, seconds_left=40)
+    assert sum(clock) == 190  # nor for longer than the job may run
+
+
+def test_a_signal_while_hosts_are_waited_for_ends_the_launcher_with_its_code_and_tidies_up(tmp_path, monkeypatch):
+    job = request(tmp_path)
+    monkeypatch.setattr(hostfile, "query_hosts", asked("a"))
+    monkeypatch.setattr(hostfile, "one_start", lambda request, hosts, endpoint, restarts: (87, "a", False))
+    monkeypatch.setattr(hostfile, "report", lambda hosts, checked: None)
+    monkeypatch.setattr(hostfile.time, "sleep", lambda seconds: os.kill(os.getpid(), signal.SIGTERM))
+    job.launch_folder.mkdir(parents=True)
+    (job.launch_folder / forward.FILE).write_text("SECRET=1\n")
+    before = signal.getsignal(signal.SIGTERM)
+    monkeypatch.setattr(Checked, "raise_if_any", lambda self: None)
+    with pytest.raises(SystemExit) as left:
+        hostfile._run(job, [Host("a", (0,))], None)
+    assert left.value.code == 85 and signal.getsignal(signal.SIGTERM) == before
+    assert not (job.launch_folder / forward.FILE).exists() and not (job.launch_folder / "submitted.json").exists()
+
+
+def starts(monkeypatch, *ends):
+    """Each start of a job ends with the next of `ends`, (code, host that failed first); the result gets each one's hosts."""
+    seen = []
+
+    def once(request, hosts, endpoint, restarts):
+        seen.append(names(hosts))
+        return *ends[len(seen) - 1], False
+
+    monkeypatch.setattr(hostfile, "one_start", once)
+    return seen
+
+
+def test_every_start_is_on_all_hosts_that_answer_those_that_are_back_among_them(tmp_path, monkeypatch, capsys):
+    job, hosts = request(tmp_path, "--wait-minutes", "0"), [Host(name, (0,)) for name in "ab"]
+    seen = starts(monkeypatch, (87, "b"), (87, "a"), (87, "a"), (0, ""))
+    monkeypatch.setattr(hostfile, "query_hosts", asked("b", "b", ""))
+    assert hostfile._starts(job, hosts, Checked({}, {}, "a:1"), hostfile.Restarts(job)) == 0
+    assert seen == ["ab", "a", "a", "ab"]
+    said = capsys.readouterr().out
+    assert said.count("going on with 1 of 2 hosts") == 2 and said.count("b answers and takes part again") == 1
+
+
+def test_a_host_that_failed_is_left_out_of_the_next_starts_when_that_is_wanted(tmp_path, monkeypatch, capsys):
+    for wanted, later in (("true", "a"), ("false", "ab")):
         job = request(tmp_path / wanted, "--restart.exclude-failed-node", wanted)
-        seen = []
-
-        def once(request, hosts, endpoint, restarts, seen=seen):
-            seen.append([host.name for host in hosts])
-            return (87, "b", False) if len(seen) == 1 else (0, "", False)
-
-        monkeypatch.setattr(hostfile, "one_start", once)
-        monkeypatch.setattr(hostfile, "query_hosts",
-                            lambda request, hosts, attempt: Checked({host.name: {} for host in hosts}, {}, "a:1"))
+        seen = starts(monkeypatch, (87, "b"), (87, "a"), (0, ""))
+        monkeypatch.setattr(hostfile, "query_hosts", asked(""))
         hosts = [Host("a", (0,)), Host("b", (0,))]
         assert hostfile._starts(job, hosts, Checked({}, {}, "a:1"), hostfile.Restarts(job)) == 0
-        assert seen == [["a", "b"], second]
+        assert seen == ["ab", later, later]
+
+
+def test_the_host_with_the_broken_device_is_left_out_whichever_host_ended_first(tmp_path, monkeypatch, capsys):
+    job = request(tmp_path, "--restart.exclude-failed-node", "true", "--address", "10.1.1.1")
+    hosts = [Host("a", (0, 1)), Host("b", (0, 1))]
+    seen = starts(monkeypatch, (87, "b"), (0, ""))
+    monkeypatch.setattr(hostfile, "query_hosts", asked(""))
+    restarts = hostfile.Restarts(job)
+    folder = job.run_folder
+    error = {"rank": 1, "host": "x", "code": 87, "error": "its device failed", "device": True}
+    for name in ("attempts/0001.json", "attempts/0001.yaml", "logs/first-error-0001.json"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(json.dumps(error))
+    assert hostfile._starts(job, hosts, Checked({}, {}, "a:1"), restarts) == 0
+    assert seen == ["ab", "b"] and "a failed first and is left out" in capsys.readouterr().out
+    assert job.settings.hostfile.address is None  # that was where `a` is
+    assert [hostfile.host_of(hosts, rank) for rank in range(5)] == ["a", "a", "b", "b", ""]
+
+
+def test_a_job_whose_time_is_over_is_not_started_again(tmp_path, monkeypatch, capsys):
+    job, hosts = request(tmp_path, "--time", "10"), [Host("a", (0,))]
+    restarts = hostfile.Restarts(job)
+    assert 500 < restarts.seconds_left() <= 601 and not restarts.over()
+    restarts.end = {"TUBELET_END_TIME": f"{time.time() - 1:.0f}"}
+    seen = starts(monkeypatch, (87, ""))
+    assert hostfile._starts(job, hosts, Checked({}, {}, "a:1"), restarts) == 87
+    assert seen == ["a"] and "not started again, since its time is over (--time 10)" in capsys.readouterr().out
 
 
 def test_two_launchers_never_start_one_run_together(tmp_path, capsys, monkeypatch):

@@ -113,7 +113,7 @@ def steps(job):
 
 def test_a_run_over_ssh_outlives_a_killed_worker_and_a_lost_host_with_the_samples_of_an_undisturbed_one(
         hosts, tmp_path, undisturbed):
-    job = Job(hosts, tmp_path)
+    job = Job(hosts, tmp_path, "ssh", "--wait-minutes", "0.02")
     process = job.start()
     wait_for(lambda: steps(job) >= 8, process)
     os.kill(job.worker(1), signal.SIGKILL)
