@@ -52,11 +52,11 @@ def undisturbed(tmp_path_factory):
 class Submitted:
     """A run that was submitted by `python -m launch slurm`."""
 
-    def __init__(self, cluster, folder, *words, steps=STEPS, save_every=10, overrides=()):
+    def __init__(self, cluster, folder, *words, steps=STEPS, save_every=10, overrides=(), env=None):
         self.cluster = cluster
         self.config, self.folder = recipe(folder, steps=steps, save_every=save_every)
         self.words = [*(words or TRAIN), "--", "pretrain", str(self.config), *overrides]
-        said = launch(cluster, *self.words)
+        said = launch(cluster, *self.words, env=env)
         self.job = said.split("submitted job ")[1].split(":")[0]
 
     @property
@@ -170,8 +170,11 @@ def waiting(pid, number):
     return any(mask >> (number - 1) & 1 for mask in masks)
 
 
-def test_slurm_itself_requeues_a_job(cluster, tmp_path, undisturbed):
-    job = Submitted(cluster, tmp_path)
+def test_slurm_itself_requeues_a_job_whatever_the_environment_says(cluster, tmp_path, undisturbed):
+    job = Submitted(cluster, tmp_path, env={"SBATCH_NO_REQUEUE": "1", "SBATCH_TIMELIMIT": "1", "SBATCH_EXPORT": "NONE",
+                                            "SBATCH_JOB_NAME": "other", "SQUEUE_STATES": "CANCELLED"})
+    found = cluster.job(job.job)
+    assert (found["Requeue"], found["TimeLimit"], found["JobName"]) == ("1", "00:10:00", "r")
     job.trained(15)
     cluster.run("scontrol", "requeue", job.job)
     cluster.start_now(job.job)
@@ -240,6 +243,14 @@ def test_an_error_of_the_program_is_not_started_again(cluster, tmp_path):
     assert "not started again, since an error of the program would come again" in job.output
     again = launch(cluster, *job.words)  # the folder is free: that start left a record of its end, or never began
     cluster.run("scancel", again.split("submitted job ")[1].split(":")[0])
+
+
+def test_a_job_whose_ranks_slurm_cannot_start_is_tried_again(cluster, tmp_path):
+    job = Submitted(cluster, tmp_path, *TRAIN, "--slurm.srun=[--nodelist=n9]")  # srun: Unable to create step
+    job.wait(lambda: job.decisions(), "a decision")
+    cluster.wait_for(job.job, "PENDING")
+    assert [(row["code"], row["restart"]) for row in job.decisions()] == [(87, True)], job.output
+    cluster.run("scancel", job.job)
 
 
 def test_a_cancelled_job_stays_cancelled_with_what_it_has_saved_and_can_be_submitted_anew(cluster, tmp_path):
