@@ -7,7 +7,7 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from little_run import G, Objective, little_trainer, trainers, weights
+from little_run import G, Objective, little_trainer, resumed, trainers, weights
 from programs import rows
 from ranks import run_ranks
 
@@ -16,6 +16,7 @@ from tubelet.engine.guard import Guard, apply_jumps, poisoned, record_jump
 from tubelet.engine.settings import GuardSettings
 from tubelet.engine.trainer import Beginning, TrainState
 from tubelet.errors import RunError, TubeletError
+from tubelet.runs import Run
 
 
 def test_a_loss_that_is_not_finite_poisons_its_gradient_and_any_other_is_unchanged_to_the_bit():
@@ -105,7 +106,7 @@ def injected(world, device, folder, engine):
     run("inf_gradient", Objective(gradient={3 * G + last: inf}))
     run("in_a_row", Objective(poison={s * G + last: nan for s in (5, 6)}), guard={"max_skipped": 2})
     spike = {"loss_spike": 50.0, "window": 4}
-    run("spike", Objective(poison={5 * G + last: 1e4}), guard=spike)
+    run("spike", Objective(poison={5 * G + last: 1e4, 6 * G + last: 1e4}), guard=spike)
     run("for_ever", Objective(poison={x: nan for x in range(5 * G + last, 999, G)}),
         guard={"max_skipped": 2, "max_rollbacks": 2})
     run("one_kept", Objective(poison={s * G + last: nan for s in (4, 5, 6)}), guard={"max_skipped": 3}, keep_last=1,
@@ -148,10 +149,12 @@ def test_each_injected_fault_ends_as_specified_on_all_ranks(size, engine, tmp_pa
     steps = [row["step"] for row in rows(tmp_path / "in_a_row" / "metrics.jsonl") if "train/loss" in row]
     assert steps == sorted(set(steps))  # curves do not overlap
 
-    # the loss of step 5 jumps and its update is made: weights from before it, the checkpoint after it set aside
+    # the loss of step 5 jumps and its update is made: weights from before it, the checkpoint after it set aside. So does
+    # the loss of the first step after going back: compared with those that led to that checkpoint; then one further back
     state = first["spike"]["state"]
-    assert first["spike"]["error"] is None and state["jumps"] == [{"step": 4, "seen": 4 * G, "to": 6 * G}]
-    assert np.isfinite(first["spike"]["weights"]).all()
+    assert first["spike"]["error"] is None and state["jumps"] == [{"step": 2, "seen": 2 * G, "to": 7 * G}]
+    targets = [row["step"] for row in rows(tmp_path / "spike" / "events.jsonl") if row["event"] == "rollback"]
+    assert targets == [4, 2] and np.isfinite(first["spike"]["weights"]).all()
 
     kind, text = first["for_ever"]["error"]
     assert kind == "RunError" and "guard.max_rollbacks=2" in text and "Try:" in text
@@ -187,6 +190,20 @@ def test_a_run_that_went_back_equals_one_that_was_sent_over_the_same_data(tmp_pa
         dist.stop()
 
 
+@pytest.mark.parametrize(("trouble", "guard"), [
+    ({4 * G: 1e4}, {"loss_spike": 50.0, "window": 4}), ({3 * G: math.nan, 4 * G: math.nan}, {"max_skipped": 2})],
+    ids=["spike", "skipped"])
+def test_trouble_right_after_a_restart_ends_as_in_a_run_that_was_not_stopped(tmp_path, one_thread, trouble, guard):
+    with trainers(tmp_path, guard=guard, schedule={"name": "constant"}) as make:
+        unbroken = make("unbroken", total_steps=8, objective=Objective(poison=trouble))
+        unbroken.fit()
+        make("stopped", total_steps=4, objective=Objective(poison=trouble)).fit()
+        again = make("stopped", total_steps=8, objective=Objective(poison=trouble), beginning=resumed(tmp_path / "stopped"))
+        again.fit()
+        assert unbroken.state.jumps == [{"step": 2, "seen": 2 * G, "to": 5 * G}] and len(unbroken.state.recent_losses) >= 4
+        assert asdict(again.state) == asdict(unbroken.state) and weights(again).equal(weights(unbroken))
+
+
 @pytest.mark.parametrize(("trouble", "guard", "save_every", "to"), [
     ({4 * G: 1e4}, {"loss_spike": 50.0, "window": 4}, 2, 5), ({4 * G: math.nan}, {"max_skipped": 1}, 2, 5),
     ({4 * G: math.nan, 5 * G: math.nan}, {"max_skipped": 2}, 1, 6)], ids=["spike", "skipped", "skipped-and-saved"])
@@ -197,6 +214,31 @@ def test_with_one_checkpoint_kept_trouble_right_after_it_goes_back_to_that_one(t
         run = make(objective=Objective(poison=trouble))
         run.fit()
         assert run.state.step == 8 and run.state.jumps == [{"step": 4, "seen": 4 * G, "to": to * G}]
+
+
+def test_losses_from_before_count_after_a_restart_unless_the_loss_is_another_since(tmp_path, one_thread):
+    from pretrain.settings import PretrainSettings
+    from tubelet.program.train import decide_beginning
+
+    def begins(name="r", **changes):
+        settings = PretrainSettings(**{
+            "run": {"name": name, "dir": str(tmp_path)}, "model": {"name": "vit_tiny_patch16_224"}, "total_steps": 4,
+            "data": {"train": ["made-up:photos?n=40&size=8&classes=3"]}, "global_batch_size": G,
+            "optimizer": {"lr": 0.1}, **changes})
+        run = Run(settings.run)
+        return settings, lambda: decide_beginning(settings, run, 2)[0]
+
+    settings, restart = begins()
+    with trainers(tmp_path) as make:
+        trainer = make("r", total_steps=4)
+        trainer.keeper.manifest = {"config": settings.model_dump(mode="json"), "micro_batch_size": 2}
+        trainer.fit()
+        assert len(trainer.state.recent_losses) == 4
+        assert restart().state.recent_losses == trainer.state.recent_losses
+        assert begins(optimizer={"lr": 0.01}, guard={"loss_spike": 3.0})[1]().state.recent_losses
+        assert begins(objective={"label_smoothing": 0.1})[1]().state.recent_losses == []
+        fork = begins("child", init={"from_run": str(tmp_path / "r")})[1]()
+        assert fork.kind == "fork" and fork.state.step == 4 and fork.state.recent_losses == []
 
 
 def test_trouble_before_the_first_checkpoint_is_an_error_that_says_so(tmp_path, one_thread):

@@ -197,6 +197,8 @@ def decide_beginning(settings: ProgramSettings, run: Run, micro_batch_size: int)
             notes.append(f"micro batch {manifest['micro_batch_size']} -> {micro_batch_size}: the samples are the same; "
                          "drop-path draws and the groups of BatchNorm are others from here on")
         state = dist.broadcast(apply_jumps(run.folder, TrainState(**manifest["state"])))
+        if any(item.key.startswith(("objective.", "data.")) for item in changed):
+            state.recent_losses = []  # they do not say what the loss is usually like from here on
         if state.seen != manifest["state"]["seen"]:
             notes = [*notes, f"the run had gone back to this checkpoint: it goes on at sample {state.seen}"]
         return Beginning("resume", folder, state, notes), manifest
@@ -211,8 +213,8 @@ def decide_beginning(settings: ProgramSettings, run: Run, micro_batch_size: int)
             raise CheckpointError(f"init.from_run={other}: no checkpoint there verifies. " + " ".join(notes),
                                   f"`tubelet ckpt verify {other}`")
         manifest = read_manifest(folder)
-        # what was best there lies there: this run has its own best, by its own evaluations
-        state = replace(TrainState(**manifest["state"]), best={}, evaluated_step=-1)
+        # what was best there lies there: this run has its own best, by its own evaluations; and its losses may be others
+        state = replace(TrainState(**manifest["state"]), best={}, evaluated_step=-1, recent_losses=[], skipping_from=-1)
         return Beginning("fork", folder, state, notes), manifest
     return Beginning("weights" if settings.init.weights else "scratch", notes=notes), {}
 
@@ -236,7 +238,7 @@ def begin_order_anew(beginning: Beginning, run: Run, why: list[str]) -> None:
     """`data.restart_order`: the run goes on with the first sample of the data it is given now. All ranks call it."""
     assert beginning.state is not None
     state, before = beginning.state, beginning.state.seen
-    state.seen = 0
+    state.seen, state.recent_losses = 0, []
     beginning.notes = [*beginning.notes, f"data.restart_order=true: the order of samples begins anew at step {state.step} "
                        f"(the checkpoint stood at sample {before}); later starts go on from where this one gets to"]
     if run.attempt:
