@@ -17,7 +17,6 @@ from torch.distributed import TCPStore
 
 from tubelet import dist
 
-
 mp.set_forkserver_preload(["torch", "deepspeed", "timm", "tubelet.program.train"])
 
 
