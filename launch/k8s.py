@@ -45,12 +45,29 @@ def check(request: Request) -> None:
     for key in secrets_in(settings.environment):
         problems.add(f"environment.{key} looks like a secret, and everybody who may look at the job would see it.",
                      "a Secret of the cluster: --env-from='[{secretRef: {name: NAME}}]'")
+    for key, problem, hint in unused(request):
+        if request.sources.get(key) == "command line":
+            problems.add(problem, hint)
     grace = request.training.preempt_grace_seconds if request.training else 0
     if grace >= settings.k8s.grace_seconds:
         problems.add(f"k8s.grace_seconds is {settings.k8s.grace_seconds}, and the program may take preempt_grace_seconds "
                      f"{grace:g} to save: it would be killed in the middle.",
                      f"--grace-seconds {int(grace) + 60}, or a smaller preempt_grace_seconds=")
     problems.raise_if_any()
+
+
+def unused(request: Request) -> list[tuple[str, str, str]]:
+    """What was asked for and is not done here, as (key, problem, next step): an error on the command line; a site's YAML is
+    for other launchers too, and is told."""
+    settings, found = request.settings, []
+    if settings.container:
+        found.append(("container", f"--container: a pod is a container already, of the image {settings.k8s.image}.",
+                      "--image, and no --container"))
+    if settings.restart.exclude_failed_node:
+        found.append(("restart.exclude_failed_node",
+                      "--restart.exclude-failed-node: JobSet may start on the failed node again.",
+                      "`kubectl cordon NODE` for one that is broken, and no --restart.exclude-failed-node"))
+    return found
 
 
 def job_name(name: str) -> str:
@@ -166,7 +183,9 @@ def render(request: Request) -> str:
     """The YAML that is given to kubectl."""
     check(request)
     text = yaml.dump(jobset(request), Dumper=_Dumper, sort_keys=False, default_flow_style=False, width=10_000)
-    return f"# {request.settings.nodes} pods of {request.settings.tasks_per_node} processes, for `kubectl create -f`\n{text}"
+    told = "".join(f"# {request.sources.get(key, key)}: {problem} Try: {hint}\n" for key, problem, hint in unused(request))
+    told += f"# {request.settings.nodes} pods of {request.settings.tasks_per_node} processes, for `kubectl create -f`\n"
+    return told + text
 
 
 def run(request: Request) -> int:
@@ -188,6 +207,7 @@ def run(request: Request) -> int:
             hint = "`kubectl get crd jobsets.jobset.x-k8s.io` and the context; https://jobset.sigs.k8s.io/docs/installation"
         raise RunError(f"kubectl did not take {path}: {said[:1000]}", hint)
     submitted(request.launch_folder, _job(request, name), "k8s")
+    print("".join(f"note: {problem} Try: {hint}\n" for _, problem, hint in unused(request)), end="")
     where = " ".join(["kubectl", *space])
     print(f"{done.stdout.strip()}\n{path}\nfollow:  {where} logs -f job/{name}-node-0\nstate:   {where} get jobset {name}\n"
           f"end:     {where} delete jobset {name}   (saves first)", flush=True)

@@ -14,7 +14,7 @@ from launch.forward import hidden
 from launch.request import MODULES, Request
 from launch.restarting import END, Restarts
 from launch.workers import environment, supervise, threads, torchrun, with_setup
-from tubelet.errors import EXIT_LOST
+from tubelet.errors import EXIT_LOST, ConfigError
 
 
 def command(request: Request) -> list[str]:
@@ -31,8 +31,17 @@ def job_environment(request: Request) -> dict[str, str]:
     return {**environment(request), **threads(settings.tasks_per_node, settings.cpus_per_task, given)}
 
 
+def check(request: Request) -> None:
+    """Raises `ConfigError` for what cannot be; a site's YAML that says it means its cluster and not this machine."""
+    key = "restart.exclude_failed_node"
+    if request.settings.restart.exclude_failed_node and request.sources.get(key) == "command line":
+        raise ConfigError("--restart.exclude-failed-node: local is one node, this machine, and there is no other.",
+                          "hostfile or slurm in its place, or no --restart.exclude-failed-node")
+
+
 def render(request: Request) -> str:
     """The whole thing as one line of shell."""
+    check(request)
     variables = [f"{key}={shlex.quote(value)}" for key, value in hidden(job_environment(request)).items()]
     if request.settings.seconds is not None:
         variables.append(f'{END}="$(($(date +%s) + {request.settings.seconds}))"')
@@ -42,6 +51,7 @@ def render(request: Request) -> str:
 
 def run(request: Request) -> int:
     """Run to the end; returns 0, 85, 86, 87 when a rank was lost, 130, or the first failing rank's code."""
+    check(request)
     check_owner(request)
     env = {**os.environ, **job_environment(request)}
     restarts = Restarts(request)

@@ -194,6 +194,26 @@ def test_bad_input_is_refused_all_at_once(tmp_path, capsys):
         assert part in said, (part, said)
 
 
+def test_what_a_jobset_cannot_do_is_refused_and_told_where_it_stands_in_a_sites_yaml(tmp_path, capsys, monkeypatch):
+    config, _ = recipe(tmp_path)
+    program = ["--", "pretrain", str(config)]
+    own = ["k8s", "--image", "registry/tubelet:1", "--gpus-per-node", "1"]
+    assert main([*own, "--container", "apptainer exec x.sif", "--restart.exclude-failed-node", "true", *program]) == 1
+    said = capsys.readouterr().err
+    for part in ("2 problems", "--container: a pod is a container already, of the image registry/tubelet:1",
+                 "JobSet may start on the failed node again", "kubectl cordon NODE"):
+        assert part in said, (part, said)
+    site = tmp_path / "site.yaml"
+    site.write_text("container: apptainer exec x.sif\nrestart: {exclude_failed_node: true}\n")
+    told = rendered(capsys, "--site", str(site), *own[1:], *program)
+    assert f"# {site}: --container: a pod" in told and f"# {site}: --restart.exclude-failed-node" in told
+    checked(yaml.safe_load(told), "JobSet")
+    kubectl(tmp_path, 0, "created")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([own[0], "--site", str(site), *own[1:], *program]) == 0
+    assert capsys.readouterr().out.count("note: --") == 2
+
+
 def kubectl(folder, code, said):
     """A kubectl that keeps what it is given."""
     path = folder / "kubectl"

@@ -123,7 +123,8 @@ def test_a_site_describes_its_cluster_and_not_the_machine_where_local_is_typed(t
 def test_bad_input_is_refused_before_anything_starts(tmp_path, capsys, monkeypatch):
     config, folder = recipe(tmp_path)
     for words, parts in ((["--nodes", "2"], ["--nodes 2: local is one node", "Try: "]),
-                         (["--nproc", "3"], ["16", "3", "Try: "])):
+                         (["--nproc", "3"], ["16", "3", "Try: "]),
+                         (["--nproc", "2", "--restart.exclude-failed-node", "true"], ["local is one node", "Try: "])):
         assert main(["local", *words, "--", "pretrain", str(config)]) == 1
         said = capsys.readouterr().err
         assert all(part in said for part in parts), said

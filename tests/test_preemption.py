@@ -84,7 +84,7 @@ def test_slurm_is_asked_once_by_one_rank_when_its_variable_is_missing(tmp_path):
     stub(tmp_path, "scontrol",
          f"JobId=7 JobName=x StartTime=2026-01-01T00:00:00 EndTime={end:%Y-%m-%dT%H:%M:%S} Deadline=N/A")
     stub(tmp_path, "squeue", "N/A")
-    env = {"SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}", "TUBELET_END_TIME": str(NOON + 10)}
+    env = {"SLURM_JOB_ID": "7", "PATH": f"{tmp_path}:{os.environ['PATH']}", "TUBELET_END_TIME": str(NOON + 9000)}
     deadline = Deadline(settings(), env, now=Clock())
     assert (deadline.end, deadline.source) == (NOON + 7200, "scontrol") and asked(tmp_path) == ["scontrol show job -o 7"]
     for _ in range(3):
@@ -92,6 +92,18 @@ def test_slurm_is_asked_once_by_one_rank_when_its_variable_is_missing(tmp_path):
     assert len(asked(tmp_path)) == 1
     quiet = Deadline(settings(), {**env, "TUBELET_END_TIME": ""}, speaks=False, now=Clock())
     assert quiet.end is None and not quiet.due(1, 1) and not quiet.due(1, 1) and len(asked(tmp_path)) == 1
+
+
+def test_the_limit_of_a_launcher_inside_of_an_allocation_holds_when_it_ends_first():
+    def end(slurm, launcher):
+        env = {"SLURM_JOB_ID": "7", "SLURM_JOB_END_TIME": str(int(NOON) + slurm), "PATH": "/nowhere",
+               "TUBELET_END_TIME": str(NOON + launcher)}
+        deadline = Deadline(settings(), env, now=Clock())
+        return deadline.end and deadline.end - NOON, deadline.source
+
+    assert end(7200, 600) == (600, "TUBELET_END_TIME") and end(500, 600) == (500, "SLURM_JOB_END_TIME")
+    assert end(500, -60) == (500, "SLURM_JOB_END_TIME")  # left over in the shell
+    assert end(-60, 600) == (600, "TUBELET_END_TIME")
 
 
 def test_a_task_of_an_array_asks_for_itself_alone(tmp_path):

@@ -22,9 +22,10 @@ class Deadline:
     """The end of this job by the clock; `end` is in unix seconds, None when nothing says when (or to a rank that does not
     speak, where only the scheduler's commands know).
 
-    In this order: `time_limit_minutes`; the scheduler (SLURM: its variable, else `scontrol`, else `squeue`, asked by the
-    rank that speaks); the variable TUBELET_END_TIME (unix seconds or ISO time) for any other scheduler. Each rank may
-    build one without the others; ranks agree on `due` in the loop. Errors of a scheduler's commands mean "unknown".
+    `time_limit_minutes`, where it is set. Else what ends first: the scheduler's job (SLURM: its variable, else `scontrol`,
+    else `squeue`, asked by the rank that speaks), or the time in the variable TUBELET_END_TIME (unix seconds or ISO time),
+    which is that of a launcher's `--time`, also inside of an allocation, and of any other scheduler. Each rank may build one
+    without the others; ranks agree on `due` in the loop. Errors of a scheduler's commands mean "unknown".
     """
 
     def __init__(self, settings: EngineSettings, env: Mapping[str, str] = os.environ, *, speaks: bool = True,
@@ -81,16 +82,19 @@ def _end(minutes: float | None, env: Mapping[str, str], speaks: bool, now: float
     if minutes is not None:
         began = _number(env.get("SLURM_JOB_START_TIME"), now) or _process_started(now)
         return began + 60 * minutes, "time_limit_minutes"
+    own = env.get("TUBELET_END_TIME", "")
+    ends = [_end_of_slurm(env, speaks, now), (_number(own, None) or _parse(own), "TUBELET_END_TIME")]
+    known = [(end, source) for end, source in ends if end is not None]
+    ahead = [(end, source) for end, source in known if end > now]  # the others are left over from something else
+    return min(ahead or known, default=(None, "TUBELET_END_TIME"))
+
+
+def _end_of_slurm(env: Mapping[str, str], speaks: bool, now: float) -> tuple[float | None, str]:
     job = env.get("SLURM_JOB_ID", "")
-    if job:
-        given = _number(env.get("SLURM_JOB_END_TIME"), None)
-        if given and given > now:  # a shell that outlived its job keeps the old one
-            return given, "SLURM_JOB_END_TIME"
-        asked = _ask_slurm(job, env) if speaks else None
-        if asked:
-            return asked
-    given = env.get("TUBELET_END_TIME", "")
-    return (_number(given, None) or _parse(given)), "TUBELET_END_TIME"
+    given = _number(env.get("SLURM_JOB_END_TIME"), None) if job else None
+    if given and given > now:  # a shell that outlived its job keeps the old one
+        return given, "SLURM_JOB_END_TIME"
+    return (_ask_slurm(job, env) if job and speaks else None) or (None, "")
 
 
 def _ask_slurm(job: str, env: Mapping[str, str]) -> tuple[float, str] | None:
