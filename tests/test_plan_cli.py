@@ -5,8 +5,10 @@ import subprocess
 import sys
 
 import pytest
+from little_shards import write_shards
 from programs import ROOT
 
+from data_pipelines.indexing import build_index
 from tubelet.console import run_app
 from tubelet.engine.peaks import PEAK_TFLOPS, gpu_kind
 from tubelet.errors import ConfigError
@@ -75,7 +77,7 @@ def test_the_tables_are_readable_at_a_hundred_columns_and_name_every_stage(confi
 
 def test_when_memory_is_short_recomputation_or_a_higher_stage_is_picked_and_the_reason_said(config, capsys):
     words = [config, "--gpu", "h100", "--gpus-per-node", 8, "model.name=ViT-B/16", "model.img_size=224", "--gpu-memory"]
-    found = in_json(capsys, *words, 2.1)[1]
+    found = in_json(capsys, *words, 2.13)[1]
     chosen = found["chosen"]
     assert chosen["recompute"] and chosen["stage"] == 2 and chosen["micro_batch_size"] >= 8
     assert "activation_checkpointing='{mode: full}'" in found["overrides"]
@@ -189,6 +191,18 @@ def test_local_shards_give_lanes_bytes_and_the_length_of_an_epoch(config, capsys
     found = in_json(capsys, config, *words)[1]
     assert found["total_steps"] == 4 * 512 // 256 and found["data"]["lanes"] >= 1
     assert found["feed"]["bytes_per_second"] > 0
+
+
+def test_shards_without_an_index_are_not_scanned_but_said(config, capsys, monkeypatch):
+    write_shards(config.parent / "shards", [4, 4])
+    monkeypatch.setenv("TUBELET_CACHE", str(config.parent / "cache"))
+    words = ["data.train=shards/shard-{0000..0001}.tar", "--gpus-per-node", 2]
+    found = in_json(capsys, config, *words)[1]
+    assert found["data"] is None and not list(config.parent.rglob("*.idx")), "a scan of the shards that nobody asked for"
+    note = next(note for note in found["notes"] if "have no index" in note)
+    assert "tubelet data index 'shards/shard-{0000..0001}.tar'" in note, note
+    build_index(["shards"])
+    assert in_json(capsys, config, *words)[1]["data"]["lanes"] >= 1
 
 
 def test_calibrate_measures_the_real_loop_and_what_it_holds(config, tmp_path):

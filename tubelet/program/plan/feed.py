@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_pipelines.index import known_shards
+from data_pipelines.indexing import index_command
 from data_pipelines.plan import DataPlan, Machine, plan_data
 from data_pipelines.settings import DataSettings
-from data_pipelines.shards import is_remote
-from tubelet.errors import DataError, TubeletError
+from data_pipelines.shards import is_remote, missing, resolve_shards
+from tubelet.errors import DataError, Problems, TubeletError
 from tubelet.program.settings import ProgramSettings
 
 _PICTURE_MS, _PICTURE_BYTES, _MS_A_BYTE = 1.31, 31_000, 8.0e-6
@@ -57,6 +59,20 @@ def _here(data: DataSettings) -> None:
                     raise DataError(f"{folder}/ of source `{source.name}` is not here.")
 
 
+def _indexed(data: DataSettings) -> None:
+    """Raises `DataError` when shards have no index: making one reads the headers of every shard, which is nothing to do
+    unasked on a login node."""
+    for source in data.train:
+        lacking = known_shards(resolve_shards(source.shards, data.index_dir), data.index_dir, source.storage).lacking
+        if lacking:
+            absent = Problems(DataError, f"Shards of source `{source.name}` are missing:")
+            absent.items += missing(url for url in lacking if not is_remote(url))
+            absent.raise_if_any()
+            words = [source.shards] if isinstance(source.shards, str) else list(source.shards)
+            raise DataError(f"{len(lacking)} shard(s) of source `{source.name}` have no index, the first is {lacking[0]}.",
+                            f"{index_command(words, data.index_dir)}  (once; it reads the headers of every shard)")
+
+
 def feed_of(settings: ProgramSettings, *, nodes: int, gpus_per_node: int, samples_per_second: float, micro: int,
             cores: int | None, per_core: float | None) -> Feed:
     """`samples_per_second`: of the whole job. Data that is not here becomes a note, never an error."""
@@ -64,13 +80,15 @@ def feed_of(settings: ProgramSettings, *, nodes: int, gpus_per_node: int, sample
     plan, notes = None, []
     try:
         _here(settings.data)
+        _indexed(settings.data)
         plan = plan_data(settings.data, nodes=nodes, gpus_per_node=gpus_per_node,
                          global_batch_size=settings.global_batch_size, micro_batch_size=micro,
                          img_size=settings.model.img_size, num_classes=settings.model.num_classes,
                          images_per_s=each / gpus_per_node, machine=Machine(cores=cores))
     except (TubeletError, OSError) as error:
         first = (error.problem if isinstance(error, TubeletError) else str(error)).splitlines()[0]
-        notes.append(f"Shards against lanes, bytes a second and the length of an epoch are not known here: {first}")
+        hint = f" Try: {error.hint.splitlines()[0]}" if isinstance(error, TubeletError) and error.hint else ""
+        notes.append(f"Shards against lanes, bytes a second and the length of an epoch are not known here: {first}{hint}")
     found, source = assumed_per_core(settings.data.clip.frames, plan.sample_bytes if plan else 0.0)
     if per_core:
         found, source = per_core, "given by --images-per-core"

@@ -26,8 +26,6 @@ def show(plan: Plan) -> None:
         (_memory_row(option) for option in plan.options))
     _say("optimizer: fp32 masters and moments; gradients: what stays of them and of their buckets between steps; other: "
          "gradients, buckets, copies and gathered weights inside of a step, beside activations")
-    if any(option.recompute and option.recompute.mode == "selective" for option in plan.options):
-        print("activations of selective recomputation are an estimate")
     print()
     print_table(f"The config as it stands: {plan.given.name}, micro-batch {plan.given.micro}", ["", ""],
                 _wrapped(_given_rows(plan)))
