@@ -7,6 +7,7 @@ Ranks are forked from a server that has imported what they need and done nothing
 eight seconds of CPU for its imports. Each gets the environment and the folder of the test as they are at the call.
 """
 
+import contextlib
 import multiprocessing as mp
 import os
 import queue
@@ -20,9 +21,14 @@ from tubelet import dist
 mp.set_forkserver_preload(["torch", "deepspeed", "timm", "tubelet.program.train"])
 
 
-def _child(fn, rank, size, port, args, env, results):
+def _child(fn, rank, size, port, args, env, results, test):
     os.environ.clear()
     os.environ.update(env)
+    for number in (1, 2):  # what is printed goes where the test's own goes, not where the server's went when it began
+        with contextlib.suppress(OSError):
+            handle = os.open(f"/proc/{test}/fd/{number}", os.O_WRONLY | os.O_APPEND)
+            os.dup2(handle, number)
+            os.close(handle)
     try:
         import torch
 
@@ -45,7 +51,8 @@ def run_ranks(fn, size, *args, timeout=480, env=None):
     # The ranks meet at a store of ours, as under torchrun: nobody else can take its port before rank 0 would.
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     env = {**os.environ, "TORCHELASTIC_USE_AGENT_STORE": "True", **(env or {})}
-    processes = [context.Process(target=_child, args=(fn, rank, size, store.port, args, env, results), daemon=False)
+    processes = [context.Process(target=_child, args=(fn, rank, size, store.port, args, env, results, os.getpid()),
+                                 daemon=False)
                  for rank in range(size)]
     for process in processes:
         process.start()

@@ -7,15 +7,16 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from little_run import G, Objective, little_trainer, resumed, trainers, weights
+from little_run import G, Numbers, Objective, little_trainer, resumed, trainers, weights
 from programs import rows
 from ranks import run_ranks
 
-from tubelet.engine.checkpoint.folder import published
+from tubelet.engine.checkpoint.folder import published, step_of
+from tubelet.engine.checkpoint.format import read_manifest
 from tubelet.engine.guard import Guard, apply_jumps, poisoned, record_jump
 from tubelet.engine.settings import GuardSettings
 from tubelet.engine.trainer import Beginning, TrainState
-from tubelet.errors import RunError, TubeletError
+from tubelet.errors import DataError, RunError, TubeletError
 from tubelet.runs import Run
 
 
@@ -202,6 +203,18 @@ def test_trouble_right_after_a_restart_ends_as_in_a_run_that_was_not_stopped(tmp
         again.fit()
         assert unbroken.state.jumps == [{"step": 2, "seen": 2 * G, "to": 5 * G}] and len(unbroken.state.recent_losses) >= 4
         assert asdict(again.state) == asdict(unbroken.state) and weights(again).equal(weights(unbroken))
+
+
+def test_a_reader_that_fails_after_a_step_keeps_it_unless_its_loss_was_a_spike(tmp_path, one_thread):
+    common = {"total_steps": 8, "guard": {"loss_spike": 50.0, "window": 4}}
+    with trainers(tmp_path, **common) as make:
+        make("whole", save_every=5).fit()
+        for name, poison, saved in (("calm", {}, 5), ("spike", {4 * G: 1e4}, 4)):
+            with pytest.raises(DataError):
+                make(name, loader=Numbers(fail_at=5 * G), objective=Objective(poison=poison)).fit()
+            assert step_of(published(tmp_path / name)[-1]) == saved
+    whole, calm = (read_manifest(tmp_path / name / "step-00000005")["state"] for name in ("whole", "calm"))
+    assert calm == whole and len(whole["recent_losses"]) == 4  # the last one was judged before it was saved
 
 
 @pytest.mark.parametrize(("trouble", "guard", "save_every", "to"), [

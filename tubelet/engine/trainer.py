@@ -185,16 +185,17 @@ class Trainer:
         asked, interrupted, failed, late, old, ready, nonfinite, total = dist.sums([
             float(stop.code == EXIT_PREEMPTED), float(stop.code == EXIT_INTERRUPTED), float(self.trouble is not None),
             float(late), float(old), float(self.keeper.ready()), float(bad), 0.0 if bad else loss])
-        if failed:
-            if self.state.step:  # a checkpoint of step 0 would only pin the settings
-                self.keep_all()
-            dist.together(self.raise_trouble)
         verdict = Verdict(save=bool(old), publish=ready == self.world.size)
         if self.last_applied is not None:
             mean = math.nan if nonfinite else total / self.world.size
             verdict.back = self.guard.judge(self.state.step - 1, mean, self.last_applied)
             self.keeper.doubtful_from = self.guard.first_step if verdict.back else self.guard.doubtful_from
             self.last_applied = None
+        if failed:
+            if self.state.step and not verdict.back:  # a checkpoint of step 0 would only pin the settings
+                self.save()
+            self.publish()
+            dist.together(self.raise_trouble)
         if asked or interrupted or late:
             verdict.leave = EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
             verdict.reason = stop.reason or ("a signal on another rank" if asked or interrupted else self.deadline.reason)
@@ -254,9 +255,8 @@ class Trainer:
                       "samples_seen": state.seen}
             try:
                 values |= self.loader.audit(state.seen)
-            except DataError:  # too many bad samples, said on all ranks alike: what was trained is kept
-                self.keep_all()
-                raise
+            except DataError as error:  # too many bad samples: `agree` has this step judged and saved, then raises it
+                self.trouble = error
             self.view.log(state, values)
 
     def due(self, every: int | None) -> bool:
