@@ -24,7 +24,7 @@ from tubelet.engine.checkpoint.folder import (
     write_best,
 )
 from tubelet.engine.checkpoint.format import folder_name, read_manifest
-from tubelet.engine.checkpoint.place import StoreError, place
+from tubelet.engine.checkpoint.place import StoreError, in_a_hurry, place
 from tubelet.engine.checkpoint.save import Saver
 from tubelet.engine.checkpoint.verifying import is_published
 from tubelet.engine.guard import JUMPS
@@ -153,7 +153,8 @@ class Keeper:
         if self.engine.world.rank != 0:
             return
         try:
-            self._tidy_up()
+            with in_a_hurry():
+                self._tidy_up()
         except (CheckpointError, OSError) as error:
             if type(error) not in self._told:
                 self._told.add(type(error))

@@ -42,8 +42,10 @@ again."""
 PATIENCE_SECONDS = 300.0
 """How long after it first failed a call is tried again: stores have outages of minutes, and a run must not end of one; but
 one that is gone, or hangs, must not take hours to be noticed."""
+HURRY_SECONDS = 15.0
+"""The same for what can as well be done another time."""
 SAY_SECONDS = 5.0
-"""A pause of so many seconds is said, by the rank that speaks: all GPUs may be waiting for it."""
+"""The first pause of so many seconds is said, by the rank that speaks: all GPUs may be waiting for it."""
 PART = 16 * 2**20
 """Bytes a request when a file is read from its beginning to its end."""
 
@@ -153,18 +155,33 @@ def _status(error: BaseException) -> int:
 
 
 def _hopeless(error: BaseException) -> bool:
-    status = _status(error)
-    return (isinstance(error, (PermissionError, TypeError, ValueError, AttributeError, ImportError, IsADirectoryError,
-                               NotImplementedError))
+    status, name = _status(error), type(error).__name__
+    return (isinstance(error, (PermissionError, TypeError, ValueError, AttributeError, ImportError, IsADirectoryError))
             or isinstance(error, OSError) and error.errno in _FINAL
-            or 400 <= status < 500 and status not in (408, 429) or "Credentials" in type(error).__name__)
+            or 400 <= status < 500 and status not in (408, 429) or "Credentials" in name
+            or name.startswith("NotImplemented"))  # a store that is for reading only
+
+
+_hurry = False
+
+
+@contextmanager
+def in_a_hurry() -> Iterator[None]:
+    """Calls inside are tried again for `HURRY_SECONDS` only: tidying up, for which all ranks would wait."""
+    global _hurry
+    before, _hurry = _hurry, True
+    try:
+        yield
+    finally:
+        _hurry = before
 
 
 def patiently(path: Path, doing: str, action: Callable[[], T]) -> T:
-    """`action()`; on a store it is tried again for `PATIENCE_SECONDS`, unless the error says that it is no use."""
+    """`action()`; on a store it is tried again for `PATIENCE_SECONDS` (see `in_a_hurry`), unless the error says that it is
+    no use."""
     if not is_remote(path):
         return action()
-    until, tries = 0.0, 0
+    until, tries, told = 0.0, 0, False
     while True:
         tries += 1
         try:
@@ -172,12 +189,13 @@ def patiently(path: Path, doing: str, action: Callable[[], T]) -> T:
         except (TubeletError, FileNotFoundError):
             raise
         except Exception as error:
-            until = until or time.monotonic() + PATIENCE_SECONDS  # from here on: an upload may itself take longer than that
+            until = until or time.monotonic() + (HURRY_SECONDS if _hurry else PATIENCE_SECONDS)  # an upload may be longer
             pause = PAUSES[min(tries, len(PAUSES)) - 1]
             left = until - time.monotonic()
             if _hopeless(error) or left < pause:
                 raise _worded(path, doing, error, tries) from None
-            if pause >= SAY_SECONDS and os.environ.get("RANK", "0") == "0":
+            if pause >= SAY_SECONDS and not told and os.environ.get("RANK", "0") == "0":
+                told = True
                 print(f"warning: {_worded(path, doing, error, tries).problem} Trying again for {left:.0f} s.", flush=True)
         time.sleep(pause * random.Random().uniform(0.5, 1.0))  # its own generator: nothing here moves others'
 

@@ -373,6 +373,7 @@ def _say_disk(action: Callable[[], Any], run: Path, needed: int) -> Any:
 def _try(action: Callable[[], Any]) -> None:
     """Tidying up that must not turn a published checkpoint into a failure, or hide the error that is on its way."""
     try:
-        action()
+        with place.in_a_hurry():
+            action()
     except (OSError, CheckpointError, SupersededError):
         pass
