@@ -106,6 +106,22 @@ def test_a_signal_while_a_batch_is_waited_for_saves_and_stops(trainer, tmp_path)
     assert stopped.value.code == 85 and resumed(tmp_path / "told").state == TrainState(step=3, seen=3 * G)
 
 
+def test_a_job_shorter_than_a_save_trains_a_step_however_long_its_first_batch_takes(trainer, tmp_path):
+    class Slow(Numbers):
+        def batches(self, seen):
+            for batch in super().batches(seen):
+                for _ in range(3):  # what a loader does while it waits
+                    if self.give_up():
+                        return
+                yield batch
+
+    short = trainer("short", loader=Slow(), time_limit_minutes=1e9)
+    short.deadline.end = time.time() - 1  # the job should have ended
+    with pytest.raises(Stopped) as stopped:
+        short.fit()
+    assert stopped.value.code == 85 and resumed(tmp_path / "short").state.step == 1
+
+
 def test_what_was_trained_is_saved_when_too_many_samples_are_bad(trainer, tmp_path):
     class Bad(Numbers):
         def audit(self, seen):

@@ -159,7 +159,7 @@ class Trainer:
         for note in self.deadline.notes(self.keeper.longest_seconds) if self.world.speaks else ():
             print(note, flush=True)
         self.digest = DigestFile(self.run.folder, self.state.step, self.world.speaks) if self.settings.digest else None
-        self.loader.give_up = lambda: bool(self.stop and self.stop.code) or self.late()
+        self.loader.give_up = self.to_leave
         self.stream = self.loader.batches(self.state.seen)
         self.phases.goes_on(self.state.step)
 
@@ -200,6 +200,10 @@ class Trainer:
             verdict.leave = EXIT_INTERRUPTED if interrupted else EXIT_PREEMPTED
             verdict.reason = stop.reason or ("a signal on another rank" if asked or interrupted else self.deadline.reason)
         return verdict
+
+    def to_leave(self) -> bool:
+        """Whether a batch need not be waited for. A job always trains one step, however soon it ends: see `due`."""
+        return bool(self.stop and self.stop.code) or self.state.step > self.view.first_step and self.late()
 
     def late(self) -> bool:
         """On the rank that speaks: whether the job ends so soon that it is time to save and leave."""
