@@ -168,6 +168,8 @@ def fit(request: Request, hosts: list[Host], checked: Checked) -> tuple[list[Hos
         if checked.endpoint and hosts[0] == leader:
             checked = replace(checked, problems={})
         else:
+            if hosts[0] != leader:
+                request.settings.hostfile.address = None  # it was the other host's
             checked = query_hosts(request, hosts, None)  # ranks meet on another host now
     if not checked.answers:
         return hosts, replace(checked, problems={**left_out, **checked.problems})

@@ -8,7 +8,7 @@ import socket
 import time
 
 from launch.request import Request
-from launch.restarts import decide, newest_attempt
+from launch.restarts import code_that_counts, decide, newest_attempt
 from tubelet import first_error
 from tubelet.runs import scheduler_job
 
@@ -55,7 +55,7 @@ class Restarts:
         is not: it has nothing to go on from. `self.code` is then the job's: what the run has written of its own end counts
         more than what its launcher saw, since a connection may break a moment after all was saved."""
         folder, self.code = self.request.run_folder, code
-        if folder is None or self.over():
+        if folder is None:
             return False
         before, self._newest = self._newest, self._attempt()
         attempt = self._newest if self._newest != before else 0
@@ -63,6 +63,11 @@ class Restarts:
         self.broken = int(error["rank"]) if error and error.get("device") else None
         if error:
             node = ""  # the run knows better where it began
+        if self.seconds_left() <= 0:  # there is no other start to decide about, only how this one ended
+            self.code, finished = code_that_counts(folder, attempt, code, error)
+            if not finished:
+                self.over()
+            return False
         decision = decide(folder, code, self.request.settings.restart, job=self.job, attempt=attempt, node=node, how=how)
         print(f"launch: {decision.said}", flush=True)
         self.count += decision.restart

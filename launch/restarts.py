@@ -53,7 +53,7 @@ def decide(folder: Path, code: int, settings: RestartSettings, *, job: str, atte
     Raises `CheckpointError` when the checkpoints of a run cannot be listed.
     """
     error = first_error.read(folder, attempt) if attempt else None
-    code, finished = _code_that_counts(folder, attempt, code, error)
+    code, finished = code_that_counts(folder, attempt, code, error)
     step = newest_step(folder)
     what = _ended(attempt, code, step, node, how, error)
     why_not = "" if finished else _why_not(code, settings, error)
@@ -71,7 +71,7 @@ def decide(folder: Path, code: int, settings: RestartSettings, *, job: str, atte
     return decision
 
 
-def _code_that_counts(folder: Path, attempt: int, code: int, error: dict[str, Any] | None) -> tuple[int, bool]:
+def code_that_counts(folder: Path, attempt: int, code: int, error: dict[str, Any] | None) -> tuple[int, bool]:
     """(code, whether the run is finished). What the run wrote down of its end goes before the code of a launcher, which is
     the largest of all ranks: a rank that was killed a moment after all had saved took nothing with it. Nor is 0 believed
     of a run that did not say it is finished: srun returns it when it lost a node's part of the job."""

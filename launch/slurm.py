@@ -136,7 +136,8 @@ def _say(request: Request, number: str) -> None:
     where = f"{settings.nodes} node(s) x {settings.tasks_per_node} process(es)" + (f", {tasks} tasks" if tasks else "")
     print(f"submitted job {number}: {' '.join(dict.fromkeys([request.program, request.name]))}, {where}")
     output = settings.slurm.output or str(request.launch_folder / f"slurm-%A{'_%a' if tasks else ''}.out")
-    for pattern, text in (("%A", number), ("%j", "*" if tasks else number), ("%a", "*"), ("%x", request.name)):
+    for pattern, text in (("%A", number), ("%j", "*" if tasks else number), ("%a", "*"), ("%x", request.name),
+                          ("%u", getpass.getuser())):
         output = output.replace(pattern, text)
     print(f"  output: tail -F {Path(request.workdir, output)}\n  state:  squeue -j {number}")
     if ignored := overriding(options(request)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import getpass
 import os
@@ -82,11 +83,13 @@ def check(request: Request) -> None:
 
 
 def output_folders(request: Request) -> list[Path]:
-    """Folders of the job's output and errors where they are not this launcher's own; SLURM does not make them."""
+    """Folders that the job's output and errors are made in, where they are not this launcher's own; SLURM does not make
+    them. What exists (/dev/null) needs none."""
     found = given(options(request))
-    places = [Path(request.workdir, found[key].replace("%x", request.name)).parent for key in ("output", "error")
-              if found.get(key)]
-    return [place for place in dict.fromkeys(places) if place != request.launch_folder]
+    paths = [Path(request.workdir, found[key].replace("%x", request.name).replace("%u", getpass.getuser())) for key in
+             ("output", "error") if found.get(key)]
+    places = dict.fromkeys(path.parent for path in paths if not path.exists())
+    return [place for place in places if place != request.launch_folder]
 
 
 # -------------------------------------------------------------------------------------------------- the cluster
@@ -240,7 +243,11 @@ def claim(request: Request, record: bool = True) -> None:
     last = folder.open_attempt(request)
     ours = submitted.get("cluster", here) == here
     way_out = "run.take_over=true (it then leaves with exit code 86); or another run.name"
-    users = {str(submitted.get("job", "")): str(submitted.get("user", ""))}
+    owner = str(submitted.get("user", ""))
+    if submitted and not owner:  # written by an earlier version
+        with contextlib.suppress(OSError, KeyError):
+            owner = (place / "submitted.json").owner()
+    users = {str(submitted.get("job", "")): owner}
     if last:
         users[last.job] = last.user
     for job, user in users.items():

@@ -19,23 +19,29 @@ _NEVER = ("SBATCH_ARRAY_INX", "SBATCH_SIGNAL", "SBATCH_WAIT")
 know, and sbatch would stay until the job has ended."""
 _VARIABLES = {"time": "TIMELIMIT", "array": "ARRAY_INX", "mem": "MEM_PER_NODE"}
 """Option -> what follows SBATCH_, where it is not the option's own name."""
-_INSTEAD = (("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"), ("REQUEUE", "NO_REQUEUE"), ("CPUS_PER_TASK", "CPUS_PER_GPU"),
-            ("GPUS_PER_NODE", "GPUS", "GPUS_PER_TASK", "GRES"), ("GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK"))
+_INSTEAD = (("MEM_PER_NODE", "MEM_PER_CPU", "MEM_PER_GPU"), ("REQUEUE", "NO_REQUEUE"), ("NO_REQUEUE", "REQUEUE"),
+            ("CPUS_PER_TASK", "CPUS_PER_GPU"), ("GPUS_PER_NODE", "GPUS", "GPUS_PER_TASK", "GRES"),
+            ("GRES", "GPUS", "GPUS_PER_NODE", "GPUS_PER_TASK"))
 """The first of each, when the script sets it, is contradicted by the others."""
 _SHORT = {"A": "account", "C": "constraint", "D": "chdir", "G": "gpus", "J": "job-name", "N": "nodes", "a": "array",
           "c": "cpus-per-task", "e": "error", "n": "ntasks", "o": "output", "p": "partition", "q": "qos", "t": "time",
           "w": "nodelist", "x": "exclude"}
 
 
+def _whole(option: str) -> bool:
+    """--name=value, whose value may be quoted as one word."""
+    name, equals, value = option.partition("=")
+    return bool(name.startswith("--") and " " not in name and equals and not set("'\"") & set(value))
+
+
 def quoted(option: str) -> str:
     """An option as a #SBATCH line takes it: `--comment=two words` -> `--comment='two words'`. One with quotes of its own, or
     a short one with its value, is taken word by word."""
     name, equals, value = option.partition("=")
-    if name.startswith("--") and " " not in name and equals and not set("'\"") & set(value):
+    if _whole(option):
         return f"{name}={shlex.quote(value)}"
     try:
-        return " ".join(quoted(word) if "=" in word and not set("'\"") & set(word) else shlex.quote(word)
-                        for word in shlex.split(option))
+        return " ".join(quoted(word) if _whole(word) else shlex.quote(word) for word in shlex.split(option))
     except ValueError:  # an odd quote
         return f"{name}{equals}{shlex.quote(value)}" if equals else shlex.quote(option)
 

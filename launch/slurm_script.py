@@ -183,7 +183,8 @@ def _in_the_container(request: Request) -> list[str]:
     for option in given:
         inside = option.startswith(("--container", "--no-container")) or (inside and not option.startswith("-"))
         kept += [shlex.quote(option)] * inside
-    return ["srun --nodes=1 --ntasks=1 --ntasks-per-node=1", '--nodelist="$SLURMD_NODENAME" --export=ALL', *kept]
+    # It waits until the ranks' step has gone, which a process that cannot be killed delays: not for ever.
+    return ["timeout 300 srun --nodes=1 --ntasks=1 --ntasks-per-node=1", '--nodelist="$SLURMD_NODENAME" --export=ALL', *kept]
 
 
 def _restart(request: Request) -> list[str]:

@@ -134,7 +134,7 @@ def test_a_rank_that_does_not_come_is_named_and_what_the_others_found_is_said():
     assert time.monotonic() - begun < 120
 
 
-@pytest.mark.parametrize("fault, size, seconds", [("dies", 4, 60), pytest.param("hangs", 2, 12, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fault, size, seconds", [("dies", 4, 240), pytest.param("hangs", 2, 12, marks=pytest.mark.slow)])
 def test_a_rank_that_is_lost_during_a_check_is_named_and_no_other(fault, size, seconds):
     processes = start_ranks(size, "--skip", "speed,folder", "--timeout", str(seconds), "--json", "-", faults={1: fault})
     begun = time.monotonic()
@@ -168,7 +168,7 @@ def test_whom_a_broken_check_names_is_settled_by_signs_of_life(monkeypatch):
     from tubelet.program.doctor import assembly as meeting
 
     monkeypatch.setattr(meeting, "_BEAT", 0.05)
-    monkeypatch.setattr(meeting, "_STILL", 0.5)
+    monkeypatch.setattr(meeting, "_STILL", 2.0)
 
     def named(seconds, stopped, living, dead=()):
         store = torch_dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -188,8 +188,8 @@ def test_whom_a_broken_check_names_is_settled_by_signs_of_life(monkeypatch):
     assert named(60, stopped=[0], living=[2, 4], dead=[1, 3])[0] == [1, 3]
     found, took = named(60, stopped=[0, 1, 2, 4], living=[1, 2, 3, 4])
     assert found == [3] and took < 20  # it lives, and is the only one that all others wait for
-    found, took = named(1, stopped=[0, 1, 2], living=[1, 2, 3, 4])
-    assert found == [3, 4] and took > 1
+    found, took = named(4, stopped=[0, 1, 2], living=[1, 2, 3, 4])
+    assert found == [3, 4] and took > 4
     assert named(60, stopped=[0, 1, 2, 3, 4], living=[])[0] == []
     assert meeting.silent_ranks(meeting.Assembly(dist.World(), 60)) == []
 

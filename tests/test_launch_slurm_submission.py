@@ -69,6 +69,7 @@ def test_the_partition_that_is_checked_is_the_one_the_job_will_have(slurm, tmp_p
 
 
 @pytest.mark.parametrize("option, text, found", [
+    ("--export ALL,FOO=bar", "--export ALL,FOO=bar", {"export": "ALL,FOO=bar"}), ("-J x=y", "-J x=y", {"job-name": "x=y"}),
     ("--comment=two words", "--comment='two words'", {"comment": "two words"}), ("-p gpu", "-p gpu", {"partition": "gpu"}),
     ("--partition gpu", "--partition gpu", {"partition": "gpu"}), ("-pgpu", "-pgpu", {"partition": "gpu"}),
     ("--comment=it's", "--comment='it'\"'\"'s'", {"comment": "it's"}), ("--requeue", "--requeue", {"requeue": ""}),

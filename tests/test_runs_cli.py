@@ -183,6 +183,8 @@ def test_a_launcher_without_a_queue_has_given_up_once_it_has_gone(tmp_path):
         submit(run.folder, job, 99, "hostfile") if job.startswith("hostfile") else None
         decided(run.folder, 87, job=job)
         assert standing(run.folder).state == "queued"
+        decided(run.folder, 87, job=job, ago=3000)
+        assert standing(run.folder).state == ("queued" if job.startswith("hostfile-") else "stopped")  # it asks its hosts
         (run.folder / "launch" / "submitted.json").unlink(missing_ok=True)
         decided(run.folder, 87, job=job, ago=wait)
         found = standing(run.folder)
@@ -378,7 +380,8 @@ def test_a_real_run_is_seen_running_killed_resumed_and_finished(tmp_path):
     follower = None
     job = start("pretrain", config, "total_steps=2000", "save_every=4")
     try:
-        wait_for(lambda: any(row["step"] >= 6 for row in rows(folder / "metrics.jsonl")), job)
+        wait_for(lambda: any(row["step"] >= 6 for row in rows(folder / "metrics.jsonl"))
+                 and list(folder.glob("step-*/manifest.json")), job)
         assert standing(folder).state == "running"
         follower = subprocess.Popen([sys.executable, "-m", "tubelet.cli", "runs", "tail", str(folder), "-n", "2", "-f"],
                                     stdout=subprocess.PIPE, text=True, cwd=ROOT)

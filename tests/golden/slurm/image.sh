@@ -58,7 +58,7 @@ leave_if_ended
 export TUBELET_CODE=$code TUBELET_JOB=slurm-$job TUBELET_HOSTS=$hosts
 TUBELET_OUTPUT=$(readlink "/proc/$$/fd/2")
 export TUBELET_OUTPUT
-answer=$(srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$SLURMD_NODENAME" --export=ALL '--container-image=/images/tubelet 1.sqsh' --container-mounts /data:/data /opt/tubelet/bin/python -m launch.slurm_restart --per-node=8 --max-without-progress=3 | tail -n 1)
+answer=$(timeout 300 srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --nodelist="$SLURMD_NODENAME" --export=ALL '--container-image=/images/tubelet 1.sqsh' --container-mounts /data:/data /opt/tubelet/bin/python -m launch.slurm_restart --per-node=8 --max-without-progress=3 | tail -n 1)
 case "$answer" in
 restart*) ;;
 stop*) exit "${answer#stop }" ;;

@@ -41,8 +41,9 @@ def decided(row: Row, submitted: Row, state: str, note: str, now: float) -> tupl
     if row.get("restart"):
         since = ago(now - _time(row))
         kept = submitted.get("job") == job
-        queued = job.startswith("slurm-") or (kept and submitted.get("launcher") == "k8s")
-        gone = job.startswith("hostfile-") and not kept  # it takes its note away when it ends
+        # `launch hostfile` may wait for its hosts as long as it likes, and takes its note away when it ends
+        queued = job.startswith("slurm-") or (kept and submitted.get("launcher") in ("k8s", "hostfile"))
+        gone = job.startswith("hostfile-") and not kept
         if queued or (not gone and now - _time(row) < STARTING_SECONDS):
             return "queued", f"{job} again, since {since}: {said}"
         return "stopped", f"{job} was to start it again {since} ago, and has gone without having done so: {said}"
