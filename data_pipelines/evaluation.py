@@ -60,7 +60,7 @@ class EvalLoader:
         transform = EvalTransform(self.data.augment, self.img_size, crop_pct=self.crop_pct, crops=self.crops)
         batches = stream(lambda numbers: self._batch(numbers, transform), list(self._tasks()), pin_memory=self._pin,
                          workers=min(self.data.workers, self.num_batches), prefetch=self.data.prefetch,
-                         describe=self._describe, timeout=self.data.worker_timeout_seconds)
+                         describe=self._describe, timeout=self.data.worker_patience)
         for batch in batches:
             for row in batch["bad"]:
                 log.warning("validation set %s: sample %s of %s is damaged and not counted: %s", self.name, row["key"],

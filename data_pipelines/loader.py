@@ -103,7 +103,7 @@ class TrainLoader:
         self.ledger.forget(seen)
         self._running = stream(self._work, self._tasks(seen), workers=self.settings.workers,
                                prefetch=self.settings.prefetch, pin_memory=self._pin, describe=self.describe,
-                               timeout=self.settings.worker_timeout_seconds, give_up=lambda: self.give_up())
+                               timeout=self.settings.worker_patience, give_up=lambda: self.give_up())
         self._ahead = start_ahead(self.order, self.sources, self.settings, self.world, seen,
                                   global_batch_size=self.global_batch_size)
         return self._running

@@ -169,9 +169,9 @@ class DataSettings(Settings):
     """Micro-batches each worker prepares ahead."""
     io_timeout_seconds: float = free(300.0, gt=0)
     """A read that fails is retried with back-off for this long, then the run saves and stops."""
-    worker_timeout_seconds: float = free(480.0, gt=0)
-    """A loader process that gives nothing for this long is reported with the sample it is at, and the run saves and stops.
-    Below `timeout_seconds`, or the other ranks give up first."""
+    worker_timeout_seconds: float | None = free(None, gt=0)
+    """A loader process that gives nothing for this long is reported with the sample it is at, and the run saves and stops;
+    null = 1.6 x `io_timeout_seconds`. Below `timeout_seconds`, or the other ranks give up first."""
     pin_memory: bool = free(True)
     """Copy batches into page-locked memory when training on a GPU."""
 
@@ -185,13 +185,18 @@ class DataSettings(Settings):
                     else item for i, item in enumerate(value)]
         return value
 
+    @property
+    def worker_patience(self) -> float:
+        """Seconds after which a loader process that gives nothing counts as stalled."""
+        return self.worker_timeout_seconds or 1.6 * self.io_timeout_seconds
+
     @model_validator(mode="after")
     def _workers_outlast_storage(self) -> DataSettings:
-        if self.workers and self.worker_timeout_seconds <= self.io_timeout_seconds:
+        if self.workers and self.worker_patience <= self.io_timeout_seconds:
             raise ValueError(
-                f"data.worker_timeout_seconds is {self.worker_timeout_seconds:g}, data.io_timeout_seconds "
+                f"data.worker_timeout_seconds is {self.worker_patience:g}, data.io_timeout_seconds "
                 f"{self.io_timeout_seconds:g}: a loader process that still retries a read would count as stalled; the "
-                f"former must be larger, for example data.worker_timeout_seconds={max(1800, 2 * self.io_timeout_seconds):g}")
+                "former must be larger; data.worker_timeout_seconds=null makes it so")
         return self
 
     @model_validator(mode="after")

@@ -191,6 +191,8 @@ class _Crew:
         until = time.monotonic() + 1.0
         while not (dead := [p for p in self.processes if p.exitcode is not None]) and time.monotonic() < until:
             time.sleep(0.05)
+        if not dead and "in pin memory thread" in str(error):
+            return error  # of the device, not of the loader
         if not dead:
             return DataError(f"The loader processes gave no batch: {type(error).__name__}: {error}",
                              "the error says what ran out (open files: `ulimit -n`; shared memory: `df /dev/shm`); "

@@ -75,7 +75,9 @@ def s3():
     import logging
 
     from moto.server import ThreadedMotoServer
+    from s3fs import S3FileSystem
 
+    S3FileSystem.clear_instance_cache()  # those of an earlier test know its server only
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
@@ -83,6 +85,7 @@ def s3():
         yield "http://{}:{}".format(*server.get_host_and_port())
     finally:
         server.stop()
+        S3FileSystem.clear_instance_cache()
 
 
 @contextmanager

@@ -113,25 +113,25 @@ def test_data_that_is_not_the_checkpoints_is_refused_and_its_order_begun_anew_on
                            "total_steps=4")
     assert code == 1
     said(output, "40", "50", "data.restart_order=true")
-    for steps in (4, 6):  # a launcher starts the same command again
+    for steps, size in ((4, 16), (6, 24)):  # a launcher starts the same command again; another batch is no other data
         code, output = program("pretrain", config, "data.train=made-up:photos?n=50&size=40&classes=10", "data.val=[]",
-                               f"total_steps={steps}", "data.restart_order=true")
+                               f"total_steps={steps}", "data.restart_order=true", f"global_batch_size={size}")
         assert code == 0, output
     samples = json.loads((folder / "step-00000006/manifest.json").read_text())["state"]["seen"]
-    assert samples == (6 - 3) * 16  # step 3 was the last with the former data
+    assert samples == (4 - 3) * 16 + 2 * 24  # step 3 was the last with the former data
     events = [row for row in rows(folder / "events.jsonl") if row["event"] == "data_restarted"]
     assert [(row["step"], row["samples"]) for row in events] == [(3, 3 * 16)] and events[0]["changes"]
 
 
 def test_time_outs_of_data_that_outlast_those_of_the_other_ranks_are_warned_of():
-    data = SimpleNamespace(workers=4, worker_timeout_seconds=480.0, io_timeout_seconds=300.0)
+    data = DataSettings(train="made-up:photos?n=9")
     two = dist.World(0, 2, 0, 2)
     assert not impatient(SimpleNamespace(data=data, timeout_seconds=600.0), two)  # the defaults
     assert not impatient(SimpleNamespace(data=data, timeout_seconds=60.0), dist.World())
     said = impatient(SimpleNamespace(data=data, timeout_seconds=400.0), two)
     assert "data.worker_timeout_seconds=480" in said and "io_timeout" not in said and "Try: timeout_seconds=600" in said
-    defaults = DataSettings(train="made-up:photos?n=9"), EngineSettings(global_batch_size=1, optimizer={"lr": 1.0})
-    assert defaults[0].io_timeout_seconds < defaults[0].worker_timeout_seconds < defaults[1].timeout_seconds
+    engine = EngineSettings(global_batch_size=1, optimizer={"lr": 1.0})
+    assert data.io_timeout_seconds < data.worker_patience < engine.timeout_seconds
 
 
 def test_a_flipped_byte_in_the_newest_checkpoint_falls_back_to_the_next_and_says_so(tmp_path, program, shards):

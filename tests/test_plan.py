@@ -153,7 +153,8 @@ def test_a_cache_may_grow_by_what_is_free_and_what_it_holds(tmp_path):
 
 def test_workers_that_still_retry_a_read_do_not_count_as_stalled():
     with pytest.raises(ValueError) as caught:
-        DataSettings.model_validate({"train": "x", "io_timeout_seconds": 3600})
-    for word in ("data.worker_timeout_seconds is 480", "data.io_timeout_seconds 3600", "data.worker_timeout_seconds=7200"):
+        DataSettings.model_validate({"train": "x", "io_timeout_seconds": 3600, "worker_timeout_seconds": 480})
+    for word in ("data.worker_timeout_seconds is 480", "data.io_timeout_seconds 3600", "data.worker_timeout_seconds=null"):
         assert word in str(caught.value)
-    DataSettings.model_validate({"train": "x", "io_timeout_seconds": 3600, "workers": 0})
+    DataSettings.model_validate({"train": "x", "io_timeout_seconds": 3600, "worker_timeout_seconds": 480, "workers": 0})
+    assert DataSettings.model_validate({"train": "x", "io_timeout_seconds": 3600}).worker_patience > 3600

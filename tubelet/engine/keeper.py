@@ -202,7 +202,7 @@ class Keeper:
                 return []
             self.run.check_current()
             return [f"step {step_of(path)}" if step_of(path) >= 0 else path.name
-                    for path in set_rolled_back(self.target, state.step)]
+                    for path in set_rolled_back(self.target, state.step, before_move=self.run.check_current)]
 
         def best_is_gone() -> bool:
             best = state.best if self.engine.world.rank == 0 else {}

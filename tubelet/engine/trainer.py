@@ -202,7 +202,7 @@ class Trainer:
         return verdict
 
     def to_leave(self) -> bool:
-        """Whether a batch need not be waited for. A job always trains one step, however soon it ends: see `due`."""
+        """Whether to wait for no batch and stop evaluating. A job trains one step, however soon it ends: see `due`."""
         return bool(self.stop and self.stop.code) or self.state.step > self.view.first_step and self.late()
 
     def late(self) -> bool:
@@ -274,7 +274,7 @@ class Trainer:
             return True
         with self.phases("evaluate"), dist.patience("evaluate"):
             try:
-                results = self.evaluation.run(lambda: bool(self.stop and self.stop.code) or self.late())
+                results = self.evaluation.run(self.to_leave)
             except DataError:  # on all ranks alike: the validation set is to blame, not what was trained
                 self.keep_all()
                 raise

@@ -29,7 +29,7 @@ from tubelet.engine.schedule import check_schedule
 from tubelet.engine.signals import StopFlag, Stopped
 from tubelet.engine.trackers import check as check_trackers
 from tubelet.engine.trainer import Beginning, Trainer, TrainState
-from tubelet.errors import BEGUN, EXIT_ERROR, OWN, CheckpointError, ConfigError, Problems, RunError
+from tubelet.errors import BEGUN, EXIT_ERROR, OWN, CheckpointError, ConfigError, DataError, Problems, RunError
 from tubelet.models.build import build_model, hub_config, model_cfg, set_picture_cfg
 from tubelet.models.cost import flops_per_sample_training, input_shape
 from tubelet.objectives.classification import Classification
@@ -128,7 +128,7 @@ def check(settings: ProgramSettings, world: dist.World) -> int:
 def impatient(settings: ProgramSettings, world: dist.World) -> str:
     """A sentence when ranks that wait for one with a stuck loader would leave before it says so and all save, else ""."""
     data = settings.data
-    limits = {"data.worker_timeout_seconds": data.worker_timeout_seconds if data.workers else 0.0,
+    limits = {"data.worker_timeout_seconds": data.worker_patience if data.workers else 0.0,
               "data.io_timeout_seconds": data.io_timeout_seconds}
     late = {name: seconds for name, seconds in limits.items() if seconds >= settings.timeout_seconds}
     if world.size == 1 or not late:
@@ -259,15 +259,19 @@ def build_data(settings: ProgramSettings, world: dist.World, micro_batch_size: i
             device_type=device_type))
 
     again = settings.data.restart_order and bool(saved)  # asked for; a launcher repeats the word at every start
-    loader = build(None if again else saved.get("recorded"))
+    try:
+        loader = build(saved.get("recorded"))
+    except DataError:  # other sources than were recorded
+        if not again:
+            raise
+        loader = build(None)
     if beginning.state and saved:
         found = compare_fingerprints(saved["fingerprint"], loader.fingerprint)
         if found and not again:
             raise RunError("The training data is not the checkpoint's, so its samples cannot be continued in order:\n    "
                            + "\n    ".join(found), "restore the data; or data.restart_order=true to start its order anew")
-        if again and not found and beginning.kind == "resume":  # an earlier start has begun the new order
-            loader = build(saved.get("recorded"))
-        elif again:
+        if again and (found or beginning.kind == "fork"):  # else an earlier start has begun the new order
+            loader = build(None)
             begin_order_anew(beginning, run, found)
     loader.set_ledger(run.folder, seen=beginning.state.seen if beginning.state else 0)
     val = [dist.together(lambda source=source: EvalLoader(

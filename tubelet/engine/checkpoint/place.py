@@ -288,10 +288,16 @@ def sha256(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------- writing and removing
 
 
-def publish(path: Path, data: bytes) -> None:
-    """Make a small file appear at one instant, whole and durable: locally written beside and renamed, remotely one PUT."""
+def publish(path: Path, data: bytes, before_try: Callable[[], None] | None = None) -> None:
+    """Make a small file appear at one instant, whole and durable: locally written beside and renamed, remotely one PUT.
+    `before_try` is called before each try of that and may raise: a store may answer minutes after the first."""
+    def put() -> None:
+        if before_try is not None:
+            before_try()
+        path.fs.pipe_file(path.path, data)  # type: ignore[attr-defined]
+
     if is_remote(path):
-        patiently(path, "writing", lambda: path.fs.pipe_file(path.path, data))  # type: ignore[attr-defined]
+        patiently(path, "writing", put)
     else:
         files.write_atomic(path, data)
 

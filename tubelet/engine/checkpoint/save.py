@@ -62,6 +62,8 @@ class _Save:
     extra: dict[str, Any]
     frozen: dict[str, torch.Tensor]
     started: float
+    seconds: float = 0.0
+    """What this rank has taken to copy and write it."""
     outgoing: list[Outgoing] = field(default_factory=list)
     content: dict[str, Any] = field(default_factory=dict)
     needed: int = 0
@@ -112,7 +114,7 @@ class Saver:
         saving = self._begin(step, ema, extra)
         with self._failing(saving):
             if self.asynchronous and self._hand(saving):
-                self._saving = saving
+                self._saving, saving.seconds = saving, time.perf_counter() - saving.started
                 faults.point("save.handed")
                 return
             self._together(saving, lambda: self._describe(saving))
@@ -146,7 +148,7 @@ class Saver:
         if saving is None:
             return None
         with self._failing(saving):
-            self._publish(saving, self._written)
+            self._publish(saving, lambda: self._written(saving))
         return saving.folder
 
     def close(self) -> None:
@@ -234,7 +236,9 @@ class Saver:
     def _write(self, saving: _Save) -> dict[str, Any]:
         """The files of this rank, straight from its tensors."""
         place.make_folder(saving.folder)
-        return {item.name: self._write_one(saving.folder / item.name, item) for item in saving.outgoing}
+        records = {item.name: self._write_one(saving.folder / item.name, item) for item in saving.outgoing}
+        saving.seconds = time.perf_counter() - saving.started
+        return records
 
     def _write_one(self, path: Path, item: Outgoing) -> dict[str, Any]:
         if item.before:
@@ -243,11 +247,12 @@ class Saver:
         return place.patiently(path, "writing", lambda: write_image(
             path, item.header, item.places, item.size, item.point, lambda: need_claim(self.claim)))
 
-    def _written(self) -> dict[str, Any]:
+    def _written(self, saving: _Save) -> dict[str, Any]:
         """What this rank's writer answers; an error of its becomes the one that writing here would have raised."""
         assert self._writer is not None
         answer = self._writer.answer(self.timeout_seconds)
         if "files" in answer:
+            saving.seconds += answer["seconds"]
             return answer["files"]
         error = answer["error"]
         if "superseded" in error:
@@ -263,13 +268,15 @@ class Saver:
     # ------------------------------------------------------------------------------------------- publishing
 
     def _publish(self, saving: _Save, write: Callable[[], dict[str, Any]]) -> None:
-        records = dist.gather(self._together(saving, write))
-        self._together(saving, lambda: self._commit(saving, records))
+        records = self._together(saving, write)
+        told, written = dist.gather((records, saving.seconds)), time.perf_counter()
+        self._together(saving, lambda: self._commit(saving, [records for records, _ in told]))
         if self.engine.world.rank == 0:
             folders.mark_written(saving.folder)
             _try(lambda: folders.drop_aside(saving.folder))
             _try(lambda: place.publish(self.target / LATEST, f"{saving.folder.name}\n".encode()))
-        self.last_seconds = time.perf_counter() - saving.started
+        # without the time in which it lay there, written, until the loop came by (an evaluation, say)
+        self.last_seconds = max(seconds for _, seconds in told) + time.perf_counter() - written
 
     def _commit(self, saving: _Save, records: list[dict[str, Any]]) -> None:
         if self.engine.world.rank != 0:
@@ -287,7 +294,7 @@ class Saver:
             self.before_commit()
         faults.point("save.commit")
         if place.is_remote(final):
-            place.publish(final, data)
+            place.publish(final, data, before_try=self.before_commit)  # an outage may outlast our claim
         else:
             os.replace(temporary, final)
             files.fsync_dir(saving.folder)

@@ -299,7 +299,9 @@ def still_whole(folder: Path, *, deep: bool = True) -> bool:
         else:
             whole = not _problems(folder, look(folder), True)
             _known_whole.update([key] * whole)
-        if not whole:
+        if not whole and key in _known_whole:
+            forget_written(folder)  # it may be that not all is visible yet: the next time it is read whole
+        elif not whole:
             forget_written(folder)
             _known_damaged[key] = _manifest_sha256(folder)
     except place.StoreError:
