@@ -23,7 +23,7 @@ install: $(VENV)/installed  ## create .venv and install everything
 demo: $(VENV)/installed  ## the main job on a CPU, end to end (about 5 minutes)
 	$(BIN)/python -m tubelet.program.demo
 
-test: $(VENV)/installed  ## the test-suite (25 minutes on 2 cores)
+test: $(VENV)/installed  ## the test-suite (15 minutes on 2 cores)
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --durations=10
 
 test-slow: $(VENV)/installed  ## the slow tests; TUBELET_SLOW_SHARE=0.5 TUBELET_SLOW_SEED=abc runs a random half

@@ -9,14 +9,16 @@ Built on torch's DataLoader (queues, shared memory, pinning), with the behaviour
 * one that dies or gives nothing is named with its exit signal, its sample and its Python stack;
 * closing takes seconds, whatever they are at: who does not leave by himself is killed.
 
-Forked, not spawned or served by a fork server. Measured with two workers in a process that has torch, DeepSpeed and timm:
-a fork starts in 0.05-0.1 s, whatever the size of the index, which it shares; a fork server with the modules preloaded in
-0.7 s (1.0-1.5 s with 100,000 shards, whose list is pickled to each worker) after a first start of 5 s, with 45-70 MB more
-per worker and 500 MB for the server; spawning takes 8 s. Evaluation pays that each time. What makes a fork unsafe is kept
-out of the workers: they never touch CUDA or a process group, have one thread in torch (OpenMP's pool does not survive a
-fork), do not touch torch's default generator (its lock may be held at the fork), open files and clients of their own, and
-print and flush nothing on their way out. NCCL asks the InfiniBand driver
-for fork support itself.
+Forked, not spawned or served by a fork server. Measured with two workers in a process that has torch, DeepSpeed and
+timm: a fork starts in 0.05-0.1 s, whatever the size of the index, which it shares; a fork server with the modules
+preloaded in 0.7 s (1.0-1.5 s with 100,000 shards, whose list is pickled to each worker) after a first start of 5 s, with
+45-70 MB more per worker and 500 MB for the server; spawning takes 8 s. Evaluation pays that each time. What makes a fork
+unsafe is kept out of the workers: they never touch CUDA or a process group, have one thread in torch (OpenMP's pool does
+not survive a fork), do not touch torch's default generator (its lock may be held at the fork), open files and clients of
+their own, and print and flush nothing on their way out. NCCL asks the InfiniBand driver for fork support itself. One
+thing cannot be kept out: a thread of C++ (gloo's, say) that takes the interpreter's lock for the first time holds, for
+some nanoseconds, a lock that a forked Python waits for before anything else (CPython 3.11). Such a child never begins.
+It is known by that, and the workers are forked anew with the tasks that have no answer yet.
 """
 
 from __future__ import annotations
@@ -25,6 +27,9 @@ import ctypes
 import faulthandler
 import functools
 import glob
+import itertools
+import logging
+import math
 import multiprocessing
 import multiprocessing.context
 import multiprocessing.sharedctypes
@@ -35,6 +40,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -42,9 +48,13 @@ from typing import Any
 
 from tubelet.errors import DataError, TubeletError
 
+log = logging.getLogger(__name__)
+
 _IGNORED = {signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT}
 _ASK = signal.SIGQUIT  # asks a worker for its stack, as it does of a Java machine
 
+BEGIN_SECONDS = 30.0  # a worker begins in a tenth of a second; on a machine out of breath, in some
+BEGINNINGS = 4  # how often workers are forked anew because one never began; each may take twice as long as the one before
 TICK_SECONDS = 2.0  # while waiting, how often it is looked whether a worker died
 CLOSE_SECONDS = 1.5  # workers may finish the sample they are at, then they are killed
 
@@ -105,26 +115,44 @@ def stream(function: Callable[[Any], Any], tasks: Iterable[Any], *, workers: int
     from torch import Generator
     from torch.utils.data import DataLoader
 
-    crew = _Crew(workers, describe, timeout, give_up)
-    loader = DataLoader(
-        _Work(function), batch_size=None, sampler=tasks, collate_fn=_as_it_is, num_workers=workers,  # type: ignore[arg-type]
-        prefetch_factor=prefetch if workers else None, pin_memory=pin_memory,
-        timeout=min(TICK_SECONDS, timeout or TICK_SECONDS) if workers else 0,
-        multiprocessing_context=_Context(crew) if workers else None,
-        worker_init_fn=functools.partial(_enter, crew=crew),
-        generator=Generator())  # of its own: a new iterator would draw from the training's generator otherwise
-    crew.begin(_start(loader))
-    try:
-        while True:
-            try:
-                result = crew.wait()
-            except StopIteration:
-                return
-            if isinstance(result, _Failure):
-                raise result.kind(result.problem, result.hint)
-            yield result
-    finally:
-        crew.end()
+    rest, handed = iter(tasks), deque[Any]()
+
+    def hand(tasks: Iterable[Any]) -> Iterator[Any]:
+        for task in tasks:
+            handed.append(task)
+            yield task
+
+    for number in range(BEGINNINGS + 1):
+        crew = _Crew(workers, describe, timeout, give_up)
+        unanswered = list(handed)
+        handed.clear()
+        loader = DataLoader(
+            _Work(function), batch_size=None, sampler=hand(itertools.chain(unanswered, rest)),  # type: ignore[arg-type]
+            collate_fn=_as_it_is, num_workers=workers, prefetch_factor=prefetch if workers else None, pin_memory=pin_memory,
+            timeout=min(TICK_SECONDS, timeout or TICK_SECONDS) if workers else 0,
+            multiprocessing_context=_Context(crew) if workers else None,
+            worker_init_fn=functools.partial(_enter, crew=crew),
+            generator=Generator())  # of its own: a new iterator would draw from the training's generator otherwise
+        crew.begin(_start(loader), BEGIN_SECONDS * 2**number if number < BEGINNINGS else None)
+        try:
+            while True:
+                try:
+                    result = crew.wait()
+                except StopIteration:
+                    return
+                except _NeverBegan as stuck:
+                    log.warning("%s; its kind is forked anew", stuck)
+                    break
+                handed.popleft()
+                if isinstance(result, _Failure):
+                    raise result.kind(result.problem, result.hint)
+                yield result
+        finally:
+            crew.end()
+
+
+class _NeverBegan(Exception):
+    """A worker that was forked has not run a line of Python."""
 
 
 class _Crew:
@@ -137,13 +165,16 @@ class _Crew:
         self.stacks = tempfile.TemporaryFile(buffering=0) if workers else None
         self.iterator: Any = None  # held here alone: a local of a function would live on in the traceback of its error
         self.processes: Sequence[Any] = []
+        self.begin_until = math.inf
 
-    def begin(self, iterator: Iterator[Any]) -> None:
+    def begin(self, iterator: Iterator[Any], seconds: float | None) -> None:
+        """`seconds`: a worker that has not begun by then never will; None = that is not asked."""
         self.iterator, self.processes = iterator, list(getattr(iterator, "_workers", []))
+        self.begin_until = time.monotonic() + seconds if seconds else math.inf
 
     def wait(self) -> Any:
-        """The next result. Raises `DataError` when a worker has died, or none gave it in time, and `StopIteration` at the
-        end or when it was given up."""
+        """The next result. Raises `DataError` when a worker has died, or none gave it in time, `_NeverBegan` when one never
+        ran, and `StopIteration` at the end or when it was given up."""
         begun = time.monotonic()
         while True:
             try:
@@ -154,6 +185,11 @@ class _Crew:
                 raise lost  # here, where it has no context: torch's error would keep the queues open
             if self.give_up():
                 raise StopIteration
+            if time.monotonic() > self.begin_until:
+                for process, at in zip(self.processes, range(0, len(self.slots), 3)):
+                    if not self.slots[at + _PID]:
+                        raise _NeverBegan(f"loader process {process.pid} has not begun ({_kernel_state(process.pid)})")
+                self.begin_until = math.inf
             if self.timeout and time.monotonic() - begun >= self.timeout:
                 raise self._stalled()
 

@@ -12,7 +12,7 @@ import pytest
 from little_shards import image_bytes, write_shards
 from programs import ROOT
 
-SECONDS = 6.0  # promised are 3; the machine may be busy with other tests
+SECONDS = 30.0  # promised are 3; other tests keep the machine busy, and its disk may stall
 
 
 def alive(group):

@@ -104,6 +104,26 @@ def test_a_stream_that_is_given_up_ends_while_a_worker_still_hangs(monkeypatch):
     assert 0.5 < time.monotonic() - begun < 60 and children() == before
 
 
+def test_workers_of_whom_one_never_begins_are_forked_anew_and_nothing_is_lost_or_done_twice(monkeypatch, caplog):
+    monkeypatch.setattr(workers, "TICK_SECONDS", 0.2)
+    monkeypatch.setattr(workers, "BEGIN_SECONDS", 1.0)
+    forked, run = multiprocessing.Value("i", 0), workers._Worker.run
+
+    def deaf(self):  # the second of the first and of the second crew: a lock of the interpreter was held at its fork
+        with forked.get_lock():
+            forked.value += 1
+            number = forked.value
+        if number in (2, 4):
+            time.sleep(1000)
+        run(self)
+
+    monkeypatch.setattr(workers._Worker, "run", deaf)
+    before = children()
+    found = [out.tolist() for out in stream(act, iter([(x, "") for x in range(9)]), workers=2, prefetch=2, timeout=60)]
+    assert [x for x, _ in found] == list(range(9)) and children() == before
+    assert caplog.text.count("has not begun (S (sleeping)); its kind is forked anew") == 2
+
+
 def test_a_worker_that_dies_is_named_with_its_signal_its_sample_and_where_it_crashed():
     for what, said, hint in [("kill", "killed by SIGKILL", "out-of-memory"), ("crash", "killed by SIGSEGV", "data.decoder"),
                              ("leave", "with exit code 3", "data.workers=0")]:
