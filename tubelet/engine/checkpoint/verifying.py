@@ -292,18 +292,19 @@ def still_whole(folder: Path, *, deep: bool = True) -> bool:
         if key in _known_whole:
             patience = VISIBLE_SECONDS if _rank_and_world()[1] > 1 else 0.0  # for files of other hosts
             whole = bool(_wait(lambda: _agrees(look(folder)) or None, time.monotonic() + patience))
+            if not whole:  # it may be that not all is visible yet: the next time it is read whole
+                forget_written(folder)
         elif not deep:
             return _wanted(folder, key).items() <= place.sizes(folder).items()
         elif _known_damaged.get(key) == _manifest_sha256(folder):
             return False
         else:
             whole = not _problems(folder, look(folder), True)
-            _known_whole.update([key] * whole)
-        if not whole and key in _known_whole:
-            forget_written(folder)  # it may be that not all is visible yet: the next time it is read whole
-        elif not whole:
-            forget_written(folder)
-            _known_damaged[key] = _manifest_sha256(folder)
+            if whole:
+                _known_whole.add(key)
+            else:
+                forget_written(folder)
+                _known_damaged[key] = _manifest_sha256(folder)
     except place.StoreError:
         raise
     except (CheckpointError, OSError):
